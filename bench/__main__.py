@@ -1,0 +1,120 @@
+"""Command line: ``python -m bench list|run|compare|plot``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from bench import compare, plot, startup
+from bench.cases import CASES, DEFAULT, QUICK_CASES
+from bench.peers import PEERS, QUICK
+from bench.results import header, save
+from bench.runner import run_case
+from bench.zoo import MODELS
+
+CONSOLE = Console()
+
+
+def say(line: object) -> None:
+    """Print at once, also into a file: runs are long and people watch them."""
+    CONSOLE.print(line, highlight=False, soft_wrap=True)
+    sys.stdout.flush()
+
+
+def main() -> int:
+    """Parse the arguments and run the command."""
+    arguments = _parser().parse_args()
+    status: int = arguments.run(arguments)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+
+    command = commands.add_parser("list", help="show cases and peers")
+    command.set_defaults(run=_list)
+
+    command = commands.add_parser("run", help="measure cases")
+    command.set_defaults(run=_run)
+    command.add_argument("cases", nargs="*", help="names of cases; default: all of bench size")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    command.add_argument("--repeats", type=int, default=7, help="rounds of timing")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--peers", help="comma-separated peers instead of the cases' own")
+    command.add_argument("--out", type=Path, default=Path("bench/results/latest.json"))
+    command.add_argument("--quick", action="store_true", help="tiny cases, few peers, one round")
+
+    command.add_argument(
+        "--reuse-cache",
+        action="store_true",
+        help="compile with the user's caches; first steps are not reported",
+    )
+
+    command = commands.add_parser("compare", help="print ratios of two results files")
+    command.set_defaults(run=_compare)
+    command.add_argument("before", type=Path)
+    command.add_argument("after", type=Path)
+
+    command = commands.add_parser("plot", help="make pictures, docs/results.md, README's table")
+    command.set_defaults(run=_plot)
+    command.add_argument("files", nargs="+", type=Path)
+    command.add_argument("--root", type=Path, default=Path(), help="folder of docs/ and README")
+    return parser
+
+
+def _list(_: argparse.Namespace) -> int:
+    for case in CASES.values():
+        tags = " ".join(sorted(MODELS[case.model].tags))
+        say(f"{case.name:28} {case.size:6} outputs {case.outputs:8} {tags}")
+    say(f"{startup.CASE:28} compile time of a 32-layer Llama, cold and warm")
+    say("peers: " + ", ".join(PEERS))
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    quick = arguments.quick
+    names = arguments.cases or (QUICK_CASES if quick else DEFAULT)
+    peers = arguments.peers.split(",") if arguments.peers else QUICK if quick else None
+    unknown = [name for name in names if name not in CASES and name != startup.CASE]
+    if unknown:
+        print(f"no case {unknown[0]!r}; see: python -m bench list", file=sys.stderr)
+        return 2
+    head, rows = header(arguments.seed, arguments.device), []
+    for name in names:
+        if name == startup.CASE:
+            rows += startup.run(arguments.device, say)
+        else:
+            rows += [
+                row.to_dict()
+                for row in run_case(
+                    CASES[name],
+                    device=arguments.device,
+                    repeats=1 if quick else arguments.repeats,
+                    seed=arguments.seed,
+                    say=say,
+                    peers=peers,
+                    cold=not arguments.reuse_cache,
+                )
+            ]
+        save(arguments.out, head, rows)
+    say(f"results in {arguments.out}")
+    # A peer that stock PyTorch cannot run is a finding; one that memopt cannot run is a failure.
+    failed = [row["peer"] for row in rows if row["status"] == "failed"]
+    return int(any(peer.startswith(("eager", "memopt")) for peer in failed))
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    say(compare.table(arguments.before, arguments.after))
+    return 0
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    for path in plot.write_all(arguments.files, arguments.root):
+        say(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""What is measured: a model of the zoo, a size, how its outputs are treated, and the peers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from bench.peers import ALL, CORE, QUICK
+from bench.zoo import MODELS
+
+Outputs = Literal["held", "dropped", "loss"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One row of the table.
+
+    Attributes:
+        name: how the command line and the results refer to it.
+        model: the entry of the zoo.
+        size: which of its sizes.
+        outputs: ``"held"`` keeps what the model returned until the backward has ended,
+            ``"dropped"`` frees all but the loss first, ``"loss"`` compiles a model that returns
+            nothing but the loss.
+        peers: names of the peers that take part.
+        dtype: name of the floating-point type.
+    """
+
+    name: str
+    model: str
+    size: str = "bench"
+    outputs: Outputs = "held"
+    peers: tuple[str, ...] = CORE
+    dtype: str = "float32"
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether compiled and eager runs draw different random numbers."""
+        return "dropout" in MODELS[self.model].tags
+
+
+_HEADLINE = (
+    Case(name="lm8", model="lm8", peers=ALL),
+    Case(name="llama_a", model="llama_a", peers=ALL),
+    Case(name="llama_a_loss", model="llama_a", outputs="loss", peers=ALL),
+    Case(name="llama_b", model="llama_b", peers=ALL),
+    Case(name="llama_b_dropped", model="llama_b", outputs="dropped", peers=ALL),
+)
+_TABLE = (
+    *_HEADLINE,
+    *(
+        Case(name=model.name, model=model.name)
+        for model in MODELS.values()
+        if "bench" in model.sizes and model.name not in {case.model for case in _HEADLINE}
+    ),
+    *(
+        Case(name=f"{model.name}_tiny", model=model.name, size="tiny", peers=QUICK)
+        for model in MODELS.values()
+        if "tiny" in model.sizes
+    ),
+)
+
+CASES: Mapping[str, Case] = {case.name: case for case in _TABLE}
+DEFAULT = tuple(case.name for case in _TABLE if case.size == "bench")
+QUICK_CASES = ("lm8_tiny", "llama_tiny", "resnet50_tiny")

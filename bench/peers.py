@@ -1,0 +1,109 @@
+"""Who is compared: eager, stock Inductor and its settings, hand-placed checkpoints, memopt."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class PeakOf:
+    """A budget in bytes: a share of the peak that another peer reached in the same run."""
+
+    peer: str
+    share: float = 1.0
+
+
+Budget = int | float | str | None | PeakOf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """One way to run a training step.
+
+    Attributes:
+        name: how results refer to it.
+        compiler: what runs the step.
+        checkpoint: whether every block runs under `torch.utils.checkpoint`.
+        activation_budget: functorch's ``activation_memory_budget``, a share of saved bytes.
+        memory_budget: memopt's option of that name; a `PeakOf` is turned into bytes.
+    """
+
+    name: str
+    compiler: Literal["eager", "inductor", "memopt"]
+    checkpoint: bool = False
+    activation_budget: float | None = None
+    memory_budget: Budget = None
+
+
+PEERS: Mapping[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        Peer(name="eager", compiler="eager"),
+        Peer(name="eager+checkpoint", compiler="eager", checkpoint=True),
+        Peer(name="inductor", compiler="inductor"),
+        Peer(name="inductor+checkpoint", compiler="inductor", checkpoint=True),
+        Peer(name="inductor 0.5", compiler="inductor", activation_budget=0.5),
+        Peer(name="inductor 0.3", compiler="inductor", activation_budget=0.3),
+        Peer(name="inductor 0.1", compiler="inductor", activation_budget=0.1),
+        Peer(name="inductor 0", compiler="inductor", activation_budget=0.0),
+        Peer(name="memopt", compiler="memopt"),
+        Peer(name="memopt 0.5", compiler="memopt", memory_budget=0.5),
+        Peer(name="memopt min", compiler="memopt", memory_budget="min"),
+        Peer(
+            name="memopt @ half of inductor",
+            compiler="memopt",
+            memory_budget=PeakOf("inductor", 0.5),
+        ),
+        Peer(
+            name="memopt @ inductor+checkpoint",
+            compiler="memopt",
+            memory_budget=PeakOf("inductor+checkpoint"),
+        ),
+        Peer(
+            name="memopt @ inductor 0.5",
+            compiler="memopt",
+            memory_budget=PeakOf("inductor 0.5"),
+        ),
+    )
+}
+
+ALL = tuple(PEERS)
+CORE = (
+    "eager", "inductor", "inductor+checkpoint",
+    "memopt", "memopt min", "memopt @ half of inductor",
+)  # fmt: skip
+QUICK = ("eager", "inductor", "memopt", "memopt min")
+
+
+def with_references(names: Sequence[str]) -> tuple[Peer, ...]:
+    """The peers of these names and those whose peaks they need, in the order of the table.
+
+    Raises:
+        ValueError: a name is not in the table.
+    """
+    wanted = set(names)
+    for name in names:
+        if name not in PEERS:
+            raise ValueError(f"no peer {name!r}; there are: {', '.join(PEERS)}")
+        budget = PEERS[name].memory_budget
+        if isinstance(budget, PeakOf):
+            wanted.add(budget.peer)
+    return tuple(peer for peer in PEERS.values() if peer.name in wanted)
+
+
+def resolve_budget(peer: Peer, peak_bytes: Mapping[str, int]) -> int | float | str | None:
+    """The budget as memopt takes it.
+
+    Args:
+        peer: the peer about to run.
+        peak_bytes: the peaks measured so far in this case, by peer.
+
+    Raises:
+        LookupError: the budget is relative to a peer that has no peak here.
+    """
+    budget = peer.memory_budget
+    if not isinstance(budget, PeakOf):
+        return budget
+    if budget.peer not in peak_bytes:
+        raise LookupError(f"{budget.peer} has no peak in this case")
+    return int(peak_bytes[budget.peer] * budget.share)

@@ -1,0 +1,104 @@
+"""Pictures and pages from results files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+
+from bench import tables
+from bench.compare import Rows, step_rows
+from bench.results import load
+
+MIB = 2**20
+# Okabe and Ito's palette, safe for colour-blind readers; the markers tell the families apart too.
+FAMILIES = (
+    ("memopt", "memopt", "#D55E00", "o"),
+    ("eager+checkpoint", "eager, checkpoint per block", "#009E73", "^"),
+    ("eager", "eager", "#000000", "s"),
+    ("inductor+checkpoint", "Inductor, checkpoint per block", "#56B4E9", "v"),
+    ("inductor ", "Inductor, activation budget", "#CC79A7", "D"),
+    ("inductor", "Inductor", "#0072B2", "P"),
+)
+
+
+def write_all(files: Sequence[Path], root: Path) -> list[Path]:
+    """Write one picture per case, ``docs/results.md``, and the README's table if it has markers.
+
+    Returns:
+        The files written.
+    """
+    loaded = [(path.stem, load(path)) for path in files]
+    assets = root / "docs" / "assets"
+    assets.mkdir(parents=True, exist_ok=True)
+    written, pages = [], ["# Results\n"]
+    pages.append(
+        "Every table comes from one run: the peers take turns, and peaks are exact bytes of one "
+        "whole training step above what was resident when it started, gradients included.\n"
+    )
+    for stem, results in loaded:
+        pictures, page = _section(stem, results, assets)
+        written += pictures
+        pages.append(page)
+    page_path = root / "docs" / "results.md"
+    page_path.write_text("\n".join(pages))
+    written.append(page_path)
+    readme = root / "README.md"
+    if readme.exists() and tables.START in readme.read_text():
+        table = tables.readme_table(results for _, results in loaded)
+        readme.write_text(tables.put_between_markers(readme.read_text(), table))
+        written.append(readme)
+    return written
+
+
+def _section(stem: str, results: dict[str, Any], assets: Path) -> tuple[list[Path], str]:
+    """The pictures of one results file, and its part of the page."""
+    rows = step_rows(results)
+    pictures, parts = [], [f"## {stem}\n", tables.environment(results)]
+    for case in dict.fromkeys(key[0] for key in rows):
+        row = next(row for key, row in rows.items() if key[0] == case)
+        parts.append(f"### {case}\n")
+        parts.append(f"{row['model']}, {row['dtype']}, outputs {row['outputs']}.\n")
+        picture = _picture(rows, case, assets / f"{stem}_{case}.png")
+        if picture:
+            pictures.append(picture)
+            parts.append(f"![Peak against step time, {case}](assets/{picture.name})\n")
+        parts.append(tables.case_table(rows, case))
+    startup = tables.startup_table(results)
+    if startup:
+        parts += ["### Compile time, 32-layer Llama\n", startup]
+    return pictures, "\n".join(parts)
+
+
+def _picture(rows: Rows, case: str, path: Path) -> Path | None:
+    """Peak against step time; None if fewer than two peers have both."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for (name, peer), row in rows.items():
+        if name == case and row["peak_bytes"] and row["step_seconds"]:
+            family = next(f[0] for f in FAMILIES if peer.startswith(f[0]))
+            points.setdefault(family, []).append((row["step_seconds"], row["peak_bytes"] / MIB))
+    if sum(map(len, points.values())) < 2:
+        return None
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), dpi=150, layout="constrained")
+    for family, label, colour, marker in FAMILIES:
+        if family not in points:
+            continue
+        seconds, mib = zip(*sorted(points[family]), strict=True)
+        line = "-" if family == "memopt" else ""
+        axes.plot(
+            seconds, mib, line, marker=marker, color=colour, label=label, markersize=7, alpha=0.9
+        )
+    axes.set_xlabel("step time, seconds (median)")
+    axes.set_ylabel("peak of the step, MiB")
+    axes.set_title(case)
+    axes.set_ylim(bottom=0)
+    axes.grid(color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,168 @@
+"""Run cases: every peer of a case measured side by side, in turn, in one run."""
+
+import multiprocessing
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bench.cases import Case
+from bench.peers import Peer, resolve_budget, with_references
+from bench.results import Row
+from bench.worker import Job, Prepared, serve
+
+Say = Callable[[str], None]
+MIB = 2**20
+ROUND_SECONDS = 0.3
+
+
+class WorkerError(RuntimeError):
+    """A peer failed; the text says how."""
+
+
+class Worker:
+    """A peer's process, seen from the runner."""
+
+    def __init__(self, job: Job) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["bench.worker", "transformers"])
+        self._connection, child = context.Pipe()
+        self._process = context.Process(target=serve, args=(child, job))
+        self._process.start()
+        child.close()
+
+    def call(self, method: str, *arguments: object) -> Any:
+        """Call a method of the worker's session.
+
+        Raises:
+            WorkerError: the method raised, or the process died.
+        """
+        try:
+            self._connection.send((method, arguments))
+            ok, value = self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            raise WorkerError(f"process ended with code {self._process.exitcode}") from None
+        if not ok:
+            raise WorkerError(value)
+        return value
+
+    def close(self) -> None:
+        """End the process."""
+        self._connection.close()
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.kill()
+
+
+def run_case(
+    case: Case,
+    *,
+    device: str,
+    repeats: int,
+    seed: int,
+    say: Say,
+    peers: Sequence[str] | None = None,
+    cold: bool = True,
+) -> Iterator[Row]:
+    """Measure one case and yield one row per peer.
+
+    Args:
+        case: what to run.
+        device: ``"cpu"`` or ``"cuda"``.
+        repeats: rounds of timing; in every round each peer takes its turn.
+        seed: seed of weights, inputs and dropout.
+        say: called with one line per measurement.
+        peers: names of peers instead of the case's own.
+        cold: whether each peer compiles with empty caches of its own; otherwise the user's
+            caches are used, which is quicker, and first steps are not reported.
+    """
+    rows: dict[str, Row] = {}
+    workers: dict[str, Worker] = {}
+    with _closing(workers), tempfile.TemporaryDirectory() as folder:
+        for peer in with_references(peers or case.peers):
+            row = rows[peer.name] = Row(case=case, peer=peer.name, device=device)
+            say(f"{case.name}: {peer.name} ...")
+            _prepare(row, peer, workers, rows, Path(folder), seed, cold)
+            say(f"{case.name}: {_one_line(row)}")
+            if not cold:
+                row.first_step_seconds = None
+        _time(rows, workers, repeats, say)
+    yield from rows.values()
+
+
+@contextmanager
+def _closing(workers: dict[str, Worker]) -> Iterator[None]:
+    """End the workers that are there when the block ends, however it ends."""
+    try:
+        yield
+    finally:
+        for worker in workers.values():
+            worker.close()
+
+
+def _prepare(
+    row: Row,
+    peer: Peer,
+    workers: dict[str, Worker],
+    rows: dict[str, Row],
+    folder: Path,
+    seed: int,
+    cold: bool,
+) -> None:
+    """Start the peer's worker and fill the row with what its first steps showed."""
+    peaks = {name: r.peak_bytes for name, r in rows.items() if r.peak_bytes is not None}
+    reference_peer = "inductor" if row.case.has_dropout else "eager"
+    try:
+        row.memory_budget = resolve_budget(peer, peaks)
+    except LookupError as error:
+        row.status, row.error = "skipped", str(error)
+        return
+    job = Job(
+        case=row.case,
+        peer=peer,
+        memory_budget=row.memory_budget,
+        device=row.device,
+        seed=seed,
+        cache_dir=Path(tempfile.mkdtemp(dir=folder)) if cold else None,
+        reference=folder / "gradients.pt",
+        writes=peer.name == reference_peer,
+    )
+    worker = workers[peer.name] = Worker(job)
+    try:
+        prepared: Prepared = worker.call("prepare")
+    except WorkerError as error:
+        row.status, row.error = "failed", str(error)
+        workers.pop(peer.name).close()
+        return
+    row.take(prepared, reference_peer)
+
+
+def _time(rows: dict[str, Row], workers: dict[str, Worker], repeats: int, say: Say) -> None:
+    """Fill the rows' times: ``repeats`` rounds, the order turned by one place each round."""
+    names = list(workers)
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(repeats):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            row = rows[name]
+            assert row.step_seconds is not None
+            steps = max(1, min(20, round(ROUND_SECONDS / max(row.step_seconds, 1e-4))))
+            seconds = workers[name].call("time", steps)
+            row.step_seconds_rounds.append(statistics.median(wall for wall, _ in seconds))
+            cpu_seconds[name].append(statistics.median(cpu for _, cpu in seconds))
+        say(f"{rows[names[0]].case.name}: round {turn + 1} of {repeats} done")
+    for name in names if repeats else ():
+        rows[name].step_seconds = statistics.median(rows[name].step_seconds_rounds)
+        rows[name].cpu_seconds = statistics.median(cpu_seconds[name])
+
+
+def _one_line(row: Row) -> str:
+    if row.peak_bytes is None or row.first_step_seconds is None:
+        return f"{row.peer} {row.status}: {row.error}"
+    error = "" if row.gradient_error is None else f", gradient error {row.gradient_error:.1e}"
+    return (
+        f"{row.peer}: peak {row.peak_bytes / MIB:.1f} MiB, "
+        f"first step {row.first_step_seconds:.1f} s{error}"
+    )

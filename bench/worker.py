@@ -1,0 +1,181 @@
+"""One peer in a process of its own.
+
+Compilers keep caches and settings per process, so each peer lives alone; the runner asks the
+processes in turn, which keeps their times comparable.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._functorch.config
+from torch import Tensor, nn
+
+from bench.cases import Case
+from bench.meter import Meter
+from bench.peers import Peer
+from bench.zoo import MODELS, LossOnly, checkpoint_blocks, step
+
+Gradients = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Everything a worker needs to know.
+
+    Attributes:
+        case: what to run.
+        peer: how to run it.
+        memory_budget: memopt's budget, resolved.
+        device: ``"cpu"`` or ``"cuda"``.
+        seed: seed of weights, inputs and dropout.
+        cache_dir: an empty folder for the compiler's caches, or None to use the user's own.
+        reference: file of the gradients to compare with; written by the peer that ``writes``.
+        writes: whether this peer's gradients are the reference.
+    """
+
+    case: Case
+    peer: Peer
+    memory_budget: int | float | str | None
+    device: str
+    seed: int
+    cache_dir: Path | None
+    reference: Path
+    writes: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What the first steps of a peer showed; bytes are above what was resident before the step."""
+
+    peak_bytes: int
+    end_bytes: int
+    reserved_bytes: int | None
+    gradient_bytes: int
+    first_step_seconds: float
+    step_seconds: float
+    loss: float
+    gradient_error: float | None
+
+
+def compile_for(peer: Peer, module: nn.Module, budget: int | float | str | None) -> Any:
+    """The module as this peer runs it."""
+    if peer.checkpoint:
+        checkpoint_blocks(module.model if isinstance(module, LossOnly) else module)
+    if peer.activation_budget is not None:
+        torch._functorch.config.activation_memory_budget = peer.activation_budget
+    if peer.compiler == "eager":
+        return module
+    if peer.compiler == "inductor":
+        return torch.compile(module)
+    options: dict[str, Any] = {"memory_budget": budget}
+    return torch.compile(module, backend="memopt", options=options)
+
+
+def relative_error(actual: Gradients, expected: Gradients) -> float:
+    """Largest error of a gradient's entry, relative to the largest entry of that gradient.
+
+    Gradients that are zero but for rounding (attention's key bias is one) would compare noise
+    with noise, so a gradient's scale counts as at least a thousandth of the largest one's.
+    """
+    scales = {name: grad.abs().max().item() for name, grad in expected.items()}
+    least = max(max(scales.values()) / 1000, 1e-30)
+    return max(
+        (actual[name] - grad).abs().max().item() / max(scales[name], least)
+        for name, grad in expected.items()
+    )
+
+
+class Session:
+    """The worker's side: a model, compiled, and the measurements on it."""
+
+    def __init__(self, job: Job) -> None:
+        if job.cache_dir is not None:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(job.cache_dir)
+        self.job = job
+        case = job.case
+        self.module, self.inputs = MODELS[case.model].make(
+            case.size, dtype=getattr(torch, case.dtype), device=job.device, seed=job.seed
+        )
+        if case.outputs == "loss":
+            self.module = LossOnly(self.module)
+        self.model = compile_for(job.peer, self.module, job.memory_budget)
+
+    def _step(self) -> Tensor:
+        torch.manual_seed(self.job.seed)
+        return step(self.model, self.inputs, hold_outputs=self.job.case.outputs != "dropped")
+
+    def _timed_step(self) -> tuple[float, float]:
+        """Wall-clock and process seconds of one step, gradients cleared before the clock."""
+        self.module.zero_grad(set_to_none=True)
+        self._synchronise()
+        wall, cpu = time.perf_counter(), time.process_time()
+        self._step()
+        self._synchronise()
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+    def _synchronise(self) -> None:
+        if self.job.device == "cuda":
+            torch.cuda.synchronize()
+
+    def prepare(self) -> Prepared:
+        """Compile, check the numbers, measure the bytes of one whole training step."""
+        start = time.perf_counter()
+        loss = self._step()
+        self._synchronise()
+        first_step_seconds = time.perf_counter() - start
+        if self.job.peer.compiler != "eager":
+            from torch._inductor.async_compile import shutdown_compile_workers
+
+            shutdown_compile_workers()
+        gradient_error = self._compare_gradients()
+        step_seconds, _ = self._timed_step()
+        self.module.zero_grad(set_to_none=True)
+        with Meter(self.job.device) as meter:
+            self._step()
+        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return Prepared(
+            peak_bytes=meter.peak_bytes,
+            end_bytes=meter.end_bytes,
+            reserved_bytes=meter.reserved_bytes,
+            gradient_bytes=sum(grad.untyped_storage().nbytes() for grad in grads),
+            first_step_seconds=first_step_seconds,
+            step_seconds=step_seconds,
+            loss=loss.item(),
+            gradient_error=gradient_error,
+        )
+
+    def _compare_gradients(self) -> float | None:
+        """The error against the reference's gradients, or None before there are any."""
+        parameters = self.module.named_parameters()
+        actual = {name: p.grad for name, p in parameters if p.grad is not None}
+        if self.job.writes:
+            torch.save(actual, self.job.reference)
+        if not self.job.reference.exists():
+            return None
+        expected: Gradients = torch.load(self.job.reference, map_location=self.job.device)
+        return relative_error(actual, expected)
+
+    def time(self, steps: int) -> list[tuple[float, float]]:
+        """Wall-clock and process seconds of each of ``steps`` steps, after one to warm up."""
+        self._timed_step()
+        return [self._timed_step() for _ in range(steps)]
+
+
+def serve(connection: Connection, job: Job) -> None:
+    """Answer the runner's calls until it hangs up; a failure is an answer too."""
+    session: Session | None = None
+    while True:
+        try:
+            method, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            session = session or Session(job)
+            connection.send((True, getattr(session, method)(*arguments)))
+        except Exception as error:  # every failure of a peer belongs in the results
+            connection.send((False, f"{type(error).__name__}: {error}"))

@@ -1,0 +1,147 @@
+"""What an entry of the zoo is, and what one training step of it means."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How to make one size of a model.
+
+    Attributes:
+        build: makes the module in the mode (train, or partly eval) it is to be run in.
+        inputs: makes the keyword arguments of one call; they depend on the seed alone.
+    """
+
+    build: Callable[[], nn.Module]
+    inputs: Callable[[int], Inputs]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """One entry of the zoo.
+
+    Attributes:
+        name: the key in ``MODELS``.
+        sizes: recipes by size; ``"tiny"`` is for tests (a step takes well under two seconds),
+            ``"bench"`` has activations worth saving (50 to 600 MB).
+        tags: what the entry exercises: ``transformer``, ``conv``, ``dropout``, ``functorch``,
+            ``hugging_face``, ``graph_break``, ``custom_op``, ``mutation``, ``float32_only`` (an
+            operator of it has no float64), ``inductor_fails`` (stock Inductor of torch 2.13
+            compiles it to a backward that raises), ``checkpoint`` (per-block checkpoints can be
+            switched on), ``inference`` (a forward under ``no_grad`` makes sense).
+    """
+
+    name: str
+    sizes: Mapping[str, Recipe]
+    tags: frozenset[str]
+
+    def make(
+        self,
+        size: str = "tiny",
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        seed: int = 0,
+    ) -> tuple[nn.Module, Inputs]:
+        """The module and its inputs; equal arguments give equal numbers.
+
+        Weights are drawn in float32 and then converted, so every dtype starts from the same
+        model; floating-point inputs are converted too.
+        """
+        recipe = self.sizes[size]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            module = recipe.build().to(device=device, dtype=dtype)
+        inputs = {
+            name: value.to(device, dtype if value.is_floating_point() else value.dtype)
+            for name, value in recipe.inputs(seed + 1).items()
+        }
+        return module, inputs
+
+
+class BlockModel(nn.Module):
+    """A module made of blocks, each of which can run under a checkpoint."""
+
+    checkpointing = False
+
+    def run_block(self, block: nn.Module, *args: Tensor) -> Any:
+        """Run one block, under `torch.utils.checkpoint` where that is switched on."""
+        if self.checkpointing:
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+
+class LossOnly(nn.Module):
+    """A model whose compiled graph returns the loss and nothing else."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        return loss_of(self.model(**inputs))
+
+
+def checkpoint_blocks(module: nn.Module) -> None:
+    """Switch on one checkpoint per block, in place.
+
+    Raises:
+        ValueError: the module has no blocks to put under checkpoints.
+    """
+    if hasattr(module, "gradient_checkpointing_enable"):
+        module.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    elif isinstance(module, BlockModel):
+        module.checkpointing = True
+    else:
+        raise ValueError(f"{type(module).__name__} has no blocks to put under checkpoints")
+
+
+def loss_of(outputs: Any) -> Tensor:
+    """The scalar loss in what a model of the zoo returned.
+
+    A lone tensor is the loss; of a tuple it is the first entry; of a Hugging Face output it is
+    the attribute ``loss``.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    loss = outputs[0] if isinstance(outputs, tuple) else outputs.loss
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def step(
+    model: Callable[..., Any],
+    inputs: Inputs,
+    *,
+    hold_outputs: bool = True,
+    loss: Callable[[Any], Tensor] = loss_of,
+) -> Tensor:
+    """One forward and one backward; gradients end up in the parameters.
+
+    Everything the model returned stays alive until the backward has ended, as in a training
+    loop that logs its outputs. That is part of what is measured: the logits of a language model
+    can be a large share of the peak.
+
+    Args:
+        model: the module, compiled or not.
+        inputs: its keyword arguments.
+        hold_outputs: False drops all outputs but the loss before the backward starts.
+        loss: finds the loss in the outputs.
+
+    Returns:
+        The loss, detached.
+    """
+    outputs = model(**inputs)
+    value = loss(outputs)
+    if not hold_outputs:
+        del outputs
+    value.backward()  # type: ignore[no-untyped-call]
+    return value.detach()

@@ -1,0 +1,60 @@
+"""memopt: keep a training or inference step under a memory budget, with ``torch.compile``.
+
+Importing this package does not import torch: each public name loads its module on first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from memopt import _versions
+from memopt._versions import __version__
+from memopt.errors import (
+    BudgetInfeasibleError,
+    ConfigError,
+    MemoptError,
+    PartitionError,
+    PipelineError,
+    PlanError,
+    UnsupportedVersionError,
+)
+
+_versions.check()
+
+_LAZY = {
+    "Config": "memopt.config",
+    "Report": "memopt.report",
+    "explain": "memopt.explaining",
+    "optimize": "memopt.api",
+}
+
+if TYPE_CHECKING:
+    from memopt.api import optimize
+    from memopt.config import Config
+    from memopt.explaining import explain
+    from memopt.report import Report
+else:  # hidden from type checkers, for which it would make every name exist
+
+    def __getattr__(name: str) -> object:
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+__all__ = [
+    "BudgetInfeasibleError",
+    "Config",
+    "ConfigError",
+    "MemoptError",
+    "PartitionError",
+    "PipelineError",
+    "PlanError",
+    "Report",
+    "UnsupportedVersionError",
+    "__version__",
+    "explain",
+    "optimize",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,109 @@
+"""The only module that imports private names of torch; what breaks on an upgrade breaks here.
+
+Checked on torch 2.13 and written against the 2.11 sources. ``tests/test_torch_names.py`` imports
+every name and calls those whose signature matters.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch import config as functorch_config
+from torch._functorch.partitioners import (
+    NodeInfo,
+    _extract_fwd_bwd_modules,
+    _extract_fwd_bwd_outputs,
+    choose_saved_values_set,
+    classify_nodes,
+    cleanup_recompute_tags,
+    force_save_bw_mutation_src,
+    force_save_collectives,
+    force_save_effectful_ops,
+    functionalize_rng_ops,
+    has_recomputable_ops,
+    has_recomputable_rng_ops,
+    is_sym_node,
+    thread_graphsafe_rng_from_hops,
+)
+from torch._functorch.compile_utils import fx_graph_cse, raise_getitems
+from torch._guards import TracingContext
+from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import (
+    CustomGraphPass,
+    CustomPartitionerFn,
+    get_hash_for_files,
+)
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.graph import GraphLowering
+from torch._logging._internal import trace_structured
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = [
+    "CustomGraphPass",
+    "CustomPartitionerFn",
+    "FakeTensor",
+    "FakeTensorMode",
+    "NodeInfo",
+    "OpOverload",
+    "TorchDispatchMode",
+    "TracingContext",
+    "aot_autograd",
+    "capture_output_code",
+    "choose_saved_values_set",
+    "classify_nodes",
+    "cleanup_recompute_tags",
+    "compile_fx",
+    "extract_forward_and_backward",
+    "force_save_bw_mutation_src",
+    "force_save_collectives",
+    "force_save_effectful_ops",
+    "forward_and_backward_outputs",
+    "functionalize_rng_ops",
+    "functorch_config",
+    "fx_graph_cse",
+    "get_hash_for_files",
+    "has_recomputable_ops",
+    "has_recomputable_rng_ops",
+    "inductor_config",
+    "is_sym_node",
+    "list_mode_options",
+    "pytree",
+    "raise_getitems",
+    "select_decomp_table",
+    "thread_graphsafe_rng_from_hops",
+    "trace_structured",
+]
+
+extract_forward_and_backward = _extract_fwd_bwd_modules
+forward_and_backward_outputs = _extract_fwd_bwd_outputs
+
+
+@contextmanager
+def capture_output_code(sink: Callable[[str], None]) -> Iterator[None]:
+    """Send the source of every module that Inductor emits or loads from its cache to ``sink``."""
+    before = GraphLowering.save_output_code
+    GraphLowering.save_output_code = staticmethod(sink)
+    try:
+        yield
+    finally:
+        GraphLowering.save_output_code = before
+
+
+def size_hint(value: Any) -> int:
+    """The integer that tracing saw behind a ``SymInt``; an ``int`` is returned as it is."""
+    if isinstance(value, torch.SymInt):
+        hint = value.node.hint
+        return int(hint) if hint is not None else 8192
+    return int(value)
+
+
+def size_expr(value: Any) -> Any:
+    """The sympy expression behind a ``SymInt``, with no guard added; an ``int`` as it is."""
+    return value.node.expr if isinstance(value, torch.SymInt) else value

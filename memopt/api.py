@@ -1,0 +1,72 @@
+"""``memopt.optimize``: the one-line form of ``torch.compile(..., backend="memopt")``."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import nn
+
+T = TypeVar("T")
+
+
+@overload
+def optimize(target: T, **options: Any) -> T: ...
+
+
+@overload
+def optimize(target: None = None, **options: Any) -> Callable[[T], T]: ...
+
+
+def optimize(target: Any = None, **options: Any) -> Any:
+    """Compile a function, a module or a module class under a memory budget.
+
+    ``model = memopt.optimize(model, memory_budget=0.5)`` or, as a decorator,
+    ``@memopt.optimize(memory_budget=0.5)``. A module class keeps its name and its type; every
+    instance made from it compiles its ``forward``. A module instance is compiled in place, so
+    its type, ``state_dict`` and hooks stay as they are.
+
+    Args:
+        target: what to compile; None when used as a decorator with options.
+        **options: the entries of ``torch.compile(options=...)``, see ``memopt.Config``, and the
+            arguments ``dynamic`` and ``fullgraph`` of ``torch.compile`` itself.
+
+    Raises:
+        ConfigError: an option is unknown or impossible; raised here, before anything is compiled.
+    """
+    if target is None:
+        return lambda later: optimize(later, **options)
+    arguments = {name: options.pop(name) for name in ("dynamic", "fullgraph") if name in options}
+    _validate(options)
+    arguments.update(backend="memopt", options=options)
+    if isinstance(target, type):
+        return _optimize_class(target, arguments)
+    if isinstance(target, nn.Module):
+        target.compile(**arguments)
+        return target
+    if callable(target):
+        return torch.compile(target, **arguments)
+    raise TypeError(
+        f"memopt.optimize takes a function, an nn.Module or an nn.Module class, not {target!r}"
+    )
+
+
+def _optimize_class(cls: type, arguments: dict[str, Any]) -> type:
+    """Make every instance compile its forward; the class itself stays the same object."""
+    if not issubclass(cls, nn.Module):
+        raise TypeError(f"memopt.optimize takes nn.Module classes, and {cls.__name__} is none")
+    plain_init = cls.__init__
+
+    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        plain_init(self, *args, **kwargs)
+        if type(self) is cls:
+            self.compile(**arguments)
+
+    __init__.__doc__ = plain_init.__doc__
+    cls.__init__ = __init__  # type: ignore[misc]
+    return cls
+
+
+def _validate(options: dict[str, Any]) -> None:
+    from memopt.backend import read_options
+
+    read_options(options)

@@ -1,0 +1,145 @@
+"""``torch.compile(backend="memopt")``: the whole flow, on one page."""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from memopt import diagnosis
+from memopt._torch import get_hash_for_files, list_mode_options
+from memopt._versions import __version__
+from memopt.certify import Certificate, certify
+from memopt.config import Config
+from memopt.device import device_spec
+from memopt.ledger import LEDGER
+from memopt.lowering import Compiled, lower_eagerly, lower_with_inductor
+from memopt.passes import INFERENCE, JOINT, POST_GRAD, PRE_GRAD
+from memopt.pipeline import PassContext, Pipeline
+from memopt.record import GraphRecord
+from memopt.splitting import Splitter
+
+log = logging.getLogger(__name__)
+
+Observer = Callable[[GraphRecord], None]
+_MAX_ATTEMPTS = 5
+
+
+def memopt(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, object] | None = None,
+    mode: str | None = None,
+) -> Compiled:
+    """Compile one Dynamo graph under a memory budget; this is the backend's entry point.
+
+    Args:
+        gm: the graph.
+        example_inputs: its inputs, real or fake.
+        options: see ``Config``.
+        mode: a mode of ``torch.compile``, handed on to Inductor.
+
+    Raises:
+        ConfigError: an option is unknown or impossible.
+        BudgetInfeasibleError: no plan keeps the step under the budget.
+    """
+    return compile_graph(gm, example_inputs, read_options(options, mode=mode))
+
+
+def read_options(options: Mapping[str, object] | None, *, mode: str | None = None) -> Config:
+    """Validate options against the passes that exist.
+
+    Raises:
+        ConfigError: an option is unknown or impossible.
+    """
+    known = {p.name: tuple(vars(p)) for p in (*PRE_GRAD, *JOINT, *POST_GRAD, *INFERENCE)}
+    config = Config.from_options(options, mode=mode, known_passes=known)
+    if config.device is not None:
+        device_spec(config.device)
+    return config
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    config: Config,
+    observe: Observer | None = None,
+) -> Compiled:
+    """Passes, plan, partition, lowering; then the proof, and again with a margin if it fails."""
+    ctx = PassContext(config)
+    Pipeline("pre_grad", PRE_GRAD).run(gm, ctx)
+    held = LEDGER.held_bytes() if config.memory_budget.kind == "bytes" else 0
+    if config.lowering == "eager":
+        split = Splitter(config, ctx, held)
+        compiled = lower_eagerly(gm, inputs, split)
+        diagnosis.require_fit(split, certificate=None)
+        return _finish(compiled, split, None, observe)
+    margin = 0
+    for _ in range(_MAX_ATTEMPTS):
+        split = Splitter(config, PassContext(config, [*ctx.remarks], {**ctx.rewrites}), held, margin)
+        codes: list[str] = []
+        bounded = config.memory_budget.kind != "none"
+        compiled = lower_with_inductor(
+            gm,
+            inputs,
+            split,
+            key=_cache_key(config, held, margin),
+            patches=_patches(config),
+            sink=codes.append if bounded or observe is not None else None,
+            trust_cache=observe is None,
+        )
+        certificate = certify(codes, granularity=_granularity(split)) if codes else None
+        overshoot = diagnosis.overshoot_bytes(split, certificate)
+        if overshoot <= 0 or (split.outcomes and not split.outcomes[-1].fits):
+            break
+        margin += overshoot + overshoot // 16
+        log.info("the emitted code is %d bytes over the budget: planning again", overshoot)
+    diagnosis.require_fit(split, certificate)
+    return _finish(compiled, split, certificate, observe)
+
+
+def _finish(
+    compiled: Compiled,
+    split: Splitter,
+    certificate: Certificate | str | None,
+    observe: Observer | None,
+) -> Compiled:
+    for outcome in split.outcomes:
+        log.info("%s", diagnosis.one_line(outcome, certificate))
+    if observe is not None:
+        observe(diagnosis.make_record(split, certificate))
+    if split.config.memory_budget.kind != "bytes" or not split.outcomes:
+        return compiled
+    liveness = split.outcomes[-1].chosen.liveness
+    saved = certificate.saved_bytes if isinstance(certificate, Certificate) else liveness.saved_bytes
+    return LEDGER.tracked(compiled, saved + liveness.output_bytes)
+
+
+def _cache_key(config: Config, held_bytes: int, margin_bytes: int) -> str:
+    pipelines = [
+        Pipeline(stage, passes).uuid(config)
+        for stage, passes in (("pre_grad", PRE_GRAD), ("joint", JOINT), ("post_grad", POST_GRAD))
+    ]
+    return "|".join(
+        [__version__, _source_hash(), config.key(), str(held_bytes), str(margin_bytes), *pipelines]
+    )
+
+
+def _patches(config: Config) -> dict[str, Any]:
+    from_mode = list_mode_options(config.mode, None) if config.mode else {}
+    return {**from_mode, **config.inductor.to_dict()}
+
+
+def _granularity(split: Splitter) -> int:
+    return split.outcomes[-1].problem.cost.device.allocation_granularity if split.outcomes else 1
+
+
+@functools.cache
+def _source_hash() -> str:
+    """A hash of every source file that decides what is emitted."""
+    folder = Path(__file__).parent
+    files = sorted(str(p) for f in (folder, folder / "passes", folder / "kernels") for p in f.glob("*.py"))
+    return str(get_hash_for_files(tuple(files)).hex())

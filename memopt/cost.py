@@ -1,0 +1,154 @@
+"""Seconds and scratch bytes of each node: a roofline by device table, or measured."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import flop_registry
+
+from memopt.device import DeviceSpec
+from memopt.graph import OpKind, aten, op_kind, packet_name, storage_nbytes, tensors
+from memopt._torch import OpOverload, pytree, size_hint
+
+# Vector operations that cost this many times an addition, on a device without spare arithmetic.
+_SLOW_ELEMENTWISE = frozenset(
+    "exp expm1 log log1p log2 log10 tanh sigmoid erf erfc erfinv sin cos tan pow sqrt rsqrt gelu "
+    "gelu_backward silu silu_backward softplus native_dropout inductor_random rand_like "
+    "tanh_backward sigmoid_backward reciprocal div".split()
+)
+_SLOW_FACTOR = 4.0
+_LIBRARY_EFFICIENCY = 0.7  # of the roofline, typical of large library calls
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Prices nodes for one device.
+
+    A pointwise node in a fusing lowering costs its arithmetic alone, since its reads and writes
+    belong to the kernel that absorbs it. Everything else costs
+    ``max(flops / peak, bytes / bandwidth) / efficiency + launch``.
+
+    Attributes:
+        device: the numbers.
+        fused: whether the lowering fuses loops.
+        measured: whether to time library calls on this machine instead (median of three).
+    """
+
+    device: DeviceSpec
+    fused: bool
+    measured: bool = False
+    _timed: dict[Any, float] = field(default_factory=dict, repr=False, compare=False)
+
+    def seconds(self, node: fx.Node) -> float:
+        """Modelled time of running the node once."""
+        kind = op_kind(node)
+        if kind in (OpKind.INPUT, OpKind.VIEW, OpKind.SYMBOL):
+            return 0.0
+        if kind is OpKind.EXTERN and self.measured:
+            return self._measure(node)
+        moved = sum(_nbytes(t) for n in (node, *node.all_input_nodes) for t in _values(n))
+        if kind is OpKind.EXTERN:
+            return self._roofline(_flops(node), moved, _dtype(node)) + self.device.launch_seconds
+        name = packet_name(node.target).rpartition(".")[2]
+        factor = _SLOW_FACTOR if name in _SLOW_ELEMENTWISE else 1.0
+        elements = max((t.numel() for n in (node, *node.all_input_nodes) for t in _values(n)), default=0)
+        arithmetic = 8.0 * factor * size_hint(elements) / self.device.flops_for("float32")
+        if self.fused:
+            return arithmetic
+        return max(arithmetic, moved / self.device.bandwidth) + self.device.launch_seconds
+
+    def traffic_seconds(self, nbytes: int) -> float:
+        """Time to write and read back that many bytes."""
+        return 2.0 * nbytes / self.device.bandwidth
+
+    def workspace_bytes(self, node: fx.Node) -> int:
+        """Scratch that the node's kernel allocates and frees while it runs."""
+        rule = _WORKSPACE.get(packet_name(node.target)) if node.op == "call_function" else None
+        return rule(node) if rule else 0
+
+    def _roofline(self, flops: float, moved: int, dtype: str) -> float:
+        bound = max(flops / self.device.flops_for(dtype), moved / self.device.bandwidth)
+        return bound / _LIBRARY_EFFICIENCY
+
+    def _measure(self, node: fx.Node) -> float:
+        key = (str(node.target), _signature(node))
+        if key not in self._timed:
+            self._timed[key] = _time(node)
+        return self._timed[key]
+
+
+def _values(node: fx.Node) -> Sequence[torch.Tensor]:
+    return tensors(node.meta.get("val"))
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return size_hint(tensor.numel()) * tensor.element_size()
+
+
+def _dtype(node: fx.Node) -> str:
+    values = _values(node) or [t for n in node.all_input_nodes for t in _values(n)]
+    return str(values[0].dtype).removeprefix("torch.") if values else "float32"
+
+
+def _flops(node: fx.Node) -> float:
+    """Floating-point operations, by torch's own registry; 0 where it has no formula."""
+    target = node.target
+    if not isinstance(target, OpOverload):
+        return 0.0
+    formula = flop_registry.get(target.overloadpacket)
+    if formula is None:
+        return float(sum(size_hint(t.numel()) for t in _values(node)))
+    args, kwargs = pytree.tree_map_only(
+        fx.Node, lambda n: _with_hints(n.meta.get("val")), (node.args, node.kwargs)
+    )
+    value = pytree.tree_map(_with_hints, node.meta.get("val"))
+    return float(formula(*args, **kwargs, out_val=value))
+
+
+def _with_hints(value: Any) -> Any:
+    """A fake tensor with symbolic sizes as one with the sizes that tracing saw."""
+    if isinstance(value, torch.Tensor) and any(isinstance(d, torch.SymInt) for d in value.shape):
+        return torch.empty([size_hint(d) for d in value.shape], dtype=value.dtype, device="meta")
+    return size_hint(value) if isinstance(value, torch.SymInt) else value
+
+
+def _signature(node: fx.Node) -> Any:
+    shapes = tuple(
+        (tuple(size_hint(d) for d in t.shape), str(t.dtype))
+        for n in node.all_input_nodes
+        for t in _values(n)
+    )
+    rest = [a for a in pytree.tree_leaves((node.args, node.kwargs)) if not isinstance(a, fx.Node)]
+    return shapes, repr(rest)
+
+
+def _time(node: fx.Node) -> float:
+    """Median seconds of three runs on zeros of the traced shapes."""
+
+    def real(n: fx.Node) -> Any:
+        return pytree.tree_map_only(torch.Tensor, _zeros, n.meta.get("val"))
+
+    args, kwargs = pytree.tree_map_only(fx.Node, real, (node.args, node.kwargs))
+    cuda = any(t.is_cuda for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor))
+    runs = []
+    with torch.no_grad():
+        for _ in range(4):
+            start = time.perf_counter()
+            node.target(*args, **kwargs)  # type: ignore[operator]
+            if cuda:
+                torch.cuda.synchronize()
+            runs.append(time.perf_counter() - start)
+    return statistics.median(runs[1:])
+
+
+def _zeros(fake: torch.Tensor) -> torch.Tensor:
+    shape = [size_hint(d) for d in fake.shape]
+    stride = [size_hint(d) for d in fake.stride()]
+    return torch.empty_strided(shape, stride, dtype=fake.dtype, device=fake.device).zero_()
+
+
+_WORKSPACE: dict[str, Any] = {}

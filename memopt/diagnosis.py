@@ -1,0 +1,176 @@
+"""Did it fit, and if not, why: the words that the user reads."""
+
+from memopt.certify import Certificate
+from memopt.errors import BudgetInfeasibleError
+from memopt.graph import source_line
+from memopt.record import GraphRecord
+from memopt.remarks import RemarkKind
+from memopt.splitting import Outcome, Splitter
+from memopt.timeline import LiveRange, Timeline
+from memopt.units import format_bytes
+
+_HOLDERS_SHOWN = 5
+
+
+def overshoot_bytes(split: Splitter, certificate: Certificate | str | None) -> int:
+    """How far the emitted code is over the budget; 0 or less where it is not, or unknown."""
+    if not isinstance(certificate, Certificate):
+        return 0
+    limit = limit_bytes(split)
+    return 0 if limit is None else certificate.peak_bytes - limit
+
+
+def limit_bytes(split: Splitter) -> int | None:
+    """The bound on the graph at hand: what the planner used, or the budget where it did not run."""
+    if split.outcomes:
+        return split.outcomes[-1].limit_bytes
+    budget = split.config.memory_budget
+    return int(budget.value) - split.held_bytes if budget.kind == "bytes" else None
+
+
+def require_fit(split: Splitter, certificate: Certificate | str | None) -> None:
+    """Check the proof where there is one, the model's word where there is none.
+
+    Raises:
+        BudgetInfeasibleError: the step does not fit, whatever is recomputed.
+    """
+    limit = limit_bytes(split)
+    if limit is None:
+        return
+    if isinstance(certificate, Certificate):
+        peak, timeline = certificate.peak_bytes, certificate.timeline
+    elif split.outcomes and not split.outcomes[-1].fits:
+        floor = split.outcomes[-1].chosen
+        peak, timeline = floor.peak_bytes, floor.liveness.timeline("floor")
+    else:
+        return
+    if peak > limit:
+        if split.outcomes:
+            timeline = split.outcomes[-1].chosen.liveness.timeline("floor")
+        raise BudgetInfeasibleError(
+            infeasible_text(split, limit, peak, timeline), budget_bytes=limit, floor_bytes=peak
+        )
+
+
+def infeasible_text(split: Splitter, limit: int, floor: int, timeline: Timeline) -> str:
+    """The floor, the step that binds, who is alive there, and the cheapest way out."""
+    step = timeline.steps[timeline.peak_step]
+    holders = timeline.holders(timeline.peak_step)
+    shown = "".join(f"\n  {_holder(h)}" for h in holders[:_HOLDERS_SHOWN])
+    more = len(holders) - _HOLDERS_SHOWN
+    rest = f"\n  and {more} smaller ones" if more > 0 else ""
+    held = (
+        f" ({format_bytes(split.held_bytes)} of the budget is held by earlier graphs of the step)"
+        if split.held_bytes
+        else ""
+    )
+    return (
+        f"no plan fits memory_budget = {format_bytes(limit)}{held}: the lowest peak found is "
+        f"{format_bytes(floor)}.\n"
+        f"It binds at {step.name}{_at(step.source)}, in the "
+        f"{'backward' if step.backward else 'forward'}, where these are alive:{shown}{rest}\n"
+        f"Cheapest next action: {_next_action(holders, floor)}"
+    )
+
+
+def _next_action(holders: "list[LiveRange] | tuple[LiveRange, ...] | object", floor: int) -> str:
+    ordered = list(holders)  # type: ignore[call-overload]
+    raise_it = f"raise memory_budget to {format_bytes(floor + floor // 100)}"
+    if not ordered:
+        return raise_it
+    largest = ordered[0]
+    advice = {
+        "output": f"do not return {largest.name}, or drop it before the backward",
+        "gradient": "freeze parameters, or accumulate their gradients in a smaller dtype",
+    }.get(largest.role, "split the batch in two and accumulate gradients")
+    return f"{raise_it}, or {advice}."
+
+
+def _holder(r: LiveRange) -> str:
+    return f"{format_bytes(r.nbytes):>10}  {r.name} ({r.role}){_at(r.source)}"
+
+
+def _at(source: str) -> str:
+    return f" at {source}" if source else ""
+
+
+def one_line(outcome: Outcome, certificate: Certificate | str | None) -> str:
+    """The log line of one graph: bytes before and after."""
+    peak = outcome.chosen.peak_bytes
+    proof = "estimated"
+    if isinstance(certificate, Certificate):
+        peak, proof = certificate.peak_bytes, "certified"
+    return (
+        f"peak {format_bytes(outcome.search.everything_kept.peak_bytes)} -> {format_bytes(peak)} "
+        f"({proof}), saved {format_bytes(outcome.chosen.liveness.saved_bytes)}, recompute "
+        f"{1e3 * outcome.chosen.recompute_seconds:.1f} ms of "
+        f"{1e3 * outcome.problem.forward_seconds:.1f} ms forward, "
+        f"planned in {outcome.seconds:.2f} s by {outcome.chosen.origin}"
+    )
+
+
+def make_record(split: Splitter, certificate: Certificate | str | None) -> GraphRecord:
+    """Everything that a report says about one graph."""
+    ctx = split.ctx
+    certified = isinstance(certificate, Certificate)
+    if isinstance(certificate, str):
+        ctx.remark("backend", RemarkKind.MISSED, f"not certified: {certificate}")
+    shared = {
+        "id": "graph",
+        "lowering": split.config.lowering,
+        "certified": certified or split.config.lowering == "eager",
+        "held_bytes": split.held_bytes,
+        "rewrites": dict(ctx.rewrites),
+        "remarks": tuple(ctx.remarks),
+    }
+    emitted = certificate if isinstance(certificate, Certificate) else None
+    if not split.outcomes:
+        peak = emitted.peak_bytes if emitted else 0
+        return GraphRecord(
+            **shared,  # type: ignore[arg-type]
+            training=False,
+            baseline_peak_bytes=peak,
+            predicted_peak_bytes=peak,
+            budget_bytes=limit_bytes(split),
+            saved_bytes=0,
+            recompute_seconds=0.0,
+            forward_seconds=0.0,
+            planning_seconds=0.0,
+            solver="none",
+            decisions=(),
+            timelines=(emitted.timeline,) if emitted else (),
+        )
+    outcome = split.outcomes[-1]
+    search, chosen = outcome.search, outcome.chosen
+    _say_what_is_random(split, outcome)
+    shared["remarks"] = tuple(ctx.remarks)
+    return GraphRecord(
+        **shared,  # type: ignore[arg-type]
+        training=True,
+        baseline_peak_bytes=search.everything_kept.peak_bytes,
+        predicted_peak_bytes=emitted.peak_bytes if emitted else chosen.peak_bytes,
+        budget_bytes=outcome.limit_bytes,
+        saved_bytes=chosen.liveness.saved_bytes,
+        recompute_seconds=chosen.recompute_seconds,
+        forward_seconds=outcome.problem.forward_seconds,
+        planning_seconds=outcome.seconds,
+        solver=chosen.origin,
+        decisions=outcome.decisions(),
+        timelines=(
+            search.everything_kept.liveness.timeline("everything kept"),
+            search.fastest.liveness.timeline("stock partition"),
+            chosen.liveness.timeline("plan"),
+        ),
+    )
+
+
+def _say_what_is_random(split: Splitter, outcome: Outcome) -> None:
+    """One remark per saved value that may not be made a second time."""
+    problem = outcome.problem
+    joint = problem.joint
+    for i in sorted(outcome.chosen.saved):
+        owners = {joint.storages[s].owner for s in joint.storage_of[i]}
+        if any(not joint.recomputable[o] and joint.nodes[o].op == "call_function" for o in owners):
+            node = joint.nodes[i]
+            text = "kept: running its operator again could give another value"
+            split.ctx.remark("planner", RemarkKind.ANALYSIS, text, node.name, source_line(node))

@@ -1,0 +1,43 @@
+"""Every error memopt raises on purpose; each message says what was seen and what to do."""
+
+
+class MemoptError(Exception):
+    """Base class: catch this to catch anything memopt raises on purpose."""
+
+
+class ConfigError(MemoptError, ValueError):
+    """An option is unknown, of the wrong type, or out of range."""
+
+
+class BudgetInfeasibleError(MemoptError, ValueError):
+    """No plan keeps the step under the budget.
+
+    Attributes:
+        budget_bytes: what was asked for.
+        floor_bytes: the lowest peak that any plan found reaches.
+    """
+
+    def __init__(self, message: str, *, budget_bytes: int, floor_bytes: int) -> None:
+        super().__init__(message)
+        self.budget_bytes = budget_bytes
+        self.floor_bytes = floor_bytes
+
+
+class PipelineError(MemoptError, ValueError):
+    """The order of passes breaks a declared contract."""
+
+
+class PlanError(MemoptError, ValueError):
+    """A plan file is malformed, or belongs to another graph."""
+
+
+class PartitionError(MemoptError, RuntimeError):
+    """A partition does not type-check against its joint graph: a bug in memopt."""
+
+
+class UnsupportedVersionError(MemoptError, ImportError):
+    """The installed torch or Triton is outside the range that memopt supports."""
+
+
+class MissingExtraError(MemoptError, ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""

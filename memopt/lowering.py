@@ -1,0 +1,92 @@
+"""Two ways to run the planned halves: compiled by Inductor, or interpreted as they are."""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from memopt._torch import (
+    CustomPartitionerFn,
+    aot_autograd,
+    capture_output_code,
+    compile_fx,
+    functorch_config,
+)
+from memopt.splitting import Splitter
+
+Compiled = Callable[..., Any]
+
+
+class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
+    """The splitter as Inductor's partitioner hook.
+
+    Torch pickles it into the key of its caches: its identity is ``key`` alone.
+    """
+
+    def __init__(self, key: str, split: Splitter | None = None) -> None:
+        self.key = key
+        self.split = split
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        assert self.split is not None
+        return self.split(gm, inputs, **kwargs)
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"key": self.key}
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        self.key, self.split = state["key"], None
+
+    def uuid(self) -> str:
+        """Identity in the compile caches."""
+        return self.key
+
+
+def lower_with_inductor(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    split: Splitter,
+    *,
+    key: str,
+    patches: Mapping[str, Any],
+    sink: Callable[[str], None] | None,
+    trust_cache: bool = True,
+) -> Compiled:
+    """Compile with Inductor, both halves at once when ``sink`` wants to see their code.
+
+    Args:
+        gm: the Dynamo graph.
+        inputs: its example inputs.
+        split: plans and partitions the joint graph.
+        key: identity of everything ``split`` depends on.
+        patches: Inductor configuration.
+        sink: receives the source of each emitted module, in the order forward, backward.
+        trust_cache: whether a cached result may skip planning.
+    """
+    with contextlib.ExitStack() as stack:
+        if sink is not None:
+            stack.enter_context(functorch_config.patch(force_non_lazy_backward_lowering=True))
+            stack.enter_context(capture_output_code(sink))
+        if not trust_cache:
+            stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
+        return compile_fx(
+            gm,
+            inputs,
+            config_patches={**patches, "custom_partitioner_fn": Partitioner(key, split)},
+        )
+
+
+def lower_eagerly(gm: fx.GraphModule, inputs: Sequence[Any], split: Splitter) -> Compiled:
+    """Interpret both halves node by node, each value freed after its last use."""
+    compiler = aot_autograd(fw_compiler=_interpret, bw_compiler=_interpret, partition_fn=split)
+    compiled: Compiled = compiler(gm, inputs)
+    return compiled
+
+
+def _interpret(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    def run(args: list[Any]) -> Any:
+        return fx.Interpreter(gm).boxed_run(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run

@@ -1,0 +1,169 @@
+"""Runs passes in order, and does for every pass what no pass does for itself."""
+
+import copy
+import hashlib
+import logging
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+from torch import fx
+
+from memopt._torch import trace_structured
+from memopt.config import Config
+from memopt.errors import PipelineError
+from memopt.graph import is_mutating
+from memopt.remarks import Remark, RemarkKind
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What a pass may read besides the graph, and where it speaks.
+
+    Attributes:
+        config: the user's options.
+        remarks: what has been said so far, by passes and planner.
+        rewrites: number of rewrites so far, by pass name.
+    """
+
+    config: Config
+    remarks: list[Remark] = field(default_factory=list)
+    rewrites: dict[str, int] = field(default_factory=dict)
+
+    def remark(
+        self, pass_name: str, kind: RemarkKind, text: str, node: str = "", source: str = ""
+    ) -> None:
+        """Say something about a node, or about the graph."""
+        self.remarks.append(
+            Remark(pass_name=pass_name, kind=kind, text=text, node=node, source=source)
+        )
+
+
+class Pass(Protocol):
+    """A named rewrite of one graph.
+
+    A pass edits ``graph`` in place and returns how many rewrites it made; 0 promises that the
+    graph is untouched. Its options are the fields of a frozen dataclass, so ``repr(pass)`` is
+    its identity: in logs, in dumps and in the compile cache.
+    """
+
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[str]]
+    establishes: ClassVar[frozenset[str]]
+
+    def __call__(self, graph: fx.Graph, ctx: PassContext) -> int: ...
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """An ordered, checked list of passes over one kind of graph.
+
+    Raises:
+        PipelineError: a pass requires what no earlier pass establishes, or two share a name.
+    """
+
+    stage: str
+    passes: Sequence[Pass]
+
+    def __post_init__(self) -> None:
+        established: frozenset[str] = frozenset()
+        names: set[str] = set()
+        for pass_ in self.passes:
+            if missing := pass_.requires - established:
+                raise PipelineError(
+                    f"pass {pass_.name!r} of stage {self.stage!r} requires {sorted(missing)}, "
+                    f"which no earlier pass establishes: move it behind one that does"
+                )
+            if pass_.name in names:
+                raise PipelineError(f"stage {self.stage!r} has two passes named {pass_.name!r}")
+            names.add(pass_.name)
+            established |= pass_.establishes
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
+        """Run every enabled pass; check, recompile, time and dump after each that rewrote.
+
+        A pass that raises, or leaves a broken graph, is undone with a remark and a warning; with
+        ``strict`` it raises.
+        """
+        for pass_ in self.passes:
+            if not ctx.config.enabled(pass_.name):
+                ctx.remark(pass_.name, RemarkKind.ANALYSIS, "switched off by options['passes']")
+                continue
+            configured = _configure(pass_, ctx.config)
+            before = copy.deepcopy(gm.graph)
+            said = len(ctx.remarks)
+            start = time.perf_counter()
+            try:
+                rewrites = configured(gm.graph, ctx)
+                if rewrites:
+                    self._settle(gm)
+            except Exception as error:
+                if ctx.config.strict:
+                    raise
+                gm.graph = before
+                del ctx.remarks[said:]
+                self._report_undone(pass_, error, ctx)
+                continue
+            ctx.rewrites[pass_.name] = ctx.rewrites.get(pass_.name, 0) + rewrites
+            self._dump(pass_, gm, rewrites, time.perf_counter() - start)
+
+    def uuid(self, config: Config) -> str:
+        """Identity for the compile cache: the enabled passes and their options, in order."""
+        enabled = [repr(_configure(p, config)) for p in self.passes if config.enabled(p.name)]
+        return hashlib.sha256(repr((self.stage, enabled)).encode()).hexdigest()
+
+    def _settle(self, gm: fx.GraphModule) -> None:
+        gm.graph.eliminate_dead_code(is_impure_node=_is_impure)
+        gm.graph.lint()
+        missing = [
+            n.name
+            for n in gm.graph.nodes
+            if n.op == "call_function" and "val" not in n.meta and "example_value" not in n.meta
+        ]
+        if missing:
+            raise PipelineError(f"nodes without a traced value: {missing[:5]}")
+        gm.recompile()
+
+    def _report_undone(self, pass_: Pass, error: Exception, ctx: PassContext) -> None:
+        text = f"undone: it raised {type(error).__name__}: {error}"
+        ctx.remark(pass_.name, RemarkKind.MISSED, text)
+        log.debug("pass %s failed", pass_.name, exc_info=error)
+        warnings.warn(
+            f"memopt pass {pass_.name!r} was {text}. The graph is as before it. "
+            f"options={{'passes': {{{pass_.name!r}: False}}}} switches it off, 'strict': True raises",
+            stacklevel=2,
+        )
+
+    def _dump(self, pass_: Pass, gm: fx.GraphModule, rewrites: int, seconds: float) -> None:
+        log.debug("%s.%s: %d rewrites, %.1f ms", self.stage, pass_.name, rewrites, 1e3 * seconds)
+        if rewrites:
+            trace_structured(
+                "artifact",
+                metadata_fn=lambda: {
+                    "name": f"memopt_{self.stage}_after_{pass_.name}",
+                    "encoding": "string",
+                },
+                payload_fn=lambda: gm.print_readable(print_output=False),
+            )
+
+
+def _configure(pass_: Pass, config: Config) -> Pass:
+    """The pass with the user's options as its fields."""
+    options = config.pass_options(pass_.name)
+    if not options:
+        return pass_
+    return type(pass_)(**{**vars(pass_), **dict(options)})
+
+
+def _is_impure(node: fx.Node) -> bool:
+    """In-place methods count too: on a Dynamo graph ``x.add_(1)`` is a call_method."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    if getattr(node.target, "__name__", "").endswith("_") or is_mutating(node):
+        return True
+    return node.is_impure()

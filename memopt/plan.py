@@ -1,0 +1,75 @@
+"""The decision, as data: JSON that can be read, compared, kept and replayed."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from memopt.errors import PlanError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What crosses from forward to backward in one joint graph.
+
+    Attributes:
+        fingerprint: identity of the graph it was made for: operators, shapes and edges.
+        saved: names of the saved nodes, sorted.
+        peak_bytes: predicted peak of the step above what is resident.
+        seconds: modelled time of recomputation and of moving what is saved.
+        budget_bytes: the bound it was made under, or None.
+        solver: which search found it.
+    """
+
+    fingerprint: str
+    saved: tuple[str, ...]
+    peak_bytes: int
+    seconds: float
+    budget_bytes: int | None
+    solver: str
+
+    def to_json(self) -> str:
+        """Serialise: the same plan gives the same text."""
+        body = {
+            "schema": SCHEMA,
+            "fingerprint": self.fingerprint,
+            "solver": self.solver,
+            "budget_bytes": self.budget_bytes,
+            "peak_bytes": self.peak_bytes,
+            "seconds": round(self.seconds, 9),
+            "saved": sorted(self.saved),
+        }
+        return json.dumps(body, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Read a plan back.
+
+        Raises:
+            PlanError: the text is no JSON, misses a field, or has another schema.
+        """
+        try:
+            body = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"not a plan: not JSON ({error}); save one with explain()") from error
+        if not isinstance(body, Mapping) or body.get("schema") != SCHEMA:
+            seen = body.get("schema") if isinstance(body, Mapping) else type(body).__name__
+            raise PlanError(f"plan schema is {seen!r}, this version reads {SCHEMA}: plan again")
+        try:
+            return cls(
+                fingerprint=str(body["fingerprint"]),
+                saved=tuple(str(name) for name in body["saved"]),
+                peak_bytes=int(body["peak_bytes"]),
+                seconds=float(body["seconds"]),
+                budget_bytes=None if body["budget_bytes"] is None else int(body["budget_bytes"]),
+                solver=str(body["solver"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"the plan's field is missing or malformed: {error}") from error
+
+
+def fingerprint(lines: list[str]) -> str:
+    """A short hash of a graph's description."""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

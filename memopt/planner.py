@@ -1,0 +1,178 @@
+"""Chooses what each half keeps: the least extra time whose peak stays under the budget.
+
+(1) Sweep the price of a byte: each price gives, by one minimum cut, a *level*: the cheapest
+saved set at that price. (2) Mix levels by region: greedy along the hull, refined by HiGHS.
+(3) Evaluate the mix exactly; if it is over, tighten the tables' budget by the overshoot and
+solve again. (4) Spend what is left: save again what is dearest to recompute, while it fits.
+
+Sources: the hull and the multiplier are Lagrangian relaxation (Everett, 1963); keeping or
+recomputing under a memory bound as a mixed-integer program is Checkmate (Jain et al., 2020);
+solving it by block is Rockmate (Zhao et al., 2023); a knapsack over saved bytes is torch's
+``activation_memory_budget``, which bounds saved bytes and not the peak.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from memopt.problem import Candidate, Problem
+from memopt.regions import Tables, tabulate
+from memopt.solve import lowest_peak, solve_exact, solve_greedy
+
+_MAX_LEVELS = 24
+_MAX_TIGHTEN = 8
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The outcome of planning.
+
+    Attributes:
+        chosen: the plan.
+        everything_kept: the baseline.
+        fastest: the plan with no budget.
+        floor: the plan of least peak, or None where the budget did not call for it.
+        seconds: wall-clock time of planning.
+    """
+
+    chosen: Candidate
+    everything_kept: Candidate
+    fastest: Candidate
+    floor: Candidate | None
+    seconds: float
+
+
+class Search:
+    """One planning session over one problem; remembers levels and tables.
+
+    Args:
+        problem: the priced graph.
+        fastest: a saved set known to be fast, such as a stock partition's; None to find one.
+        solver: ``"auto"``, ``"greedy"`` or ``"exact"``.
+        time_limit: seconds that searching may take beyond the sweep.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        fastest: Iterable[int] | None = None,
+        solver: str = "auto",
+        time_limit: float = 5.0,
+    ) -> None:
+        self.problem = problem
+        self.solver = solver
+        self.started = time.perf_counter()
+        self.deadline = self.started + time_limit
+        self.everything_kept = problem.keep_everything()
+        if fastest is None:
+            self.fastest = problem.evaluate(problem.cut(lambda i: 0.0), "fastest")
+        else:
+            self.fastest = problem.evaluate(problem.repair(fastest), "fastest")
+        self._tables: Tables | None = None
+
+    def plan(self, budget_bytes: int | None) -> Candidate | None:
+        """The least extra time under the budget; None if nothing found fits.
+
+        Args:
+            budget_bytes: bound on the peak, or None for the fastest plan.
+        """
+        if budget_bytes is None or self.fastest.peak_bytes <= budget_bytes:
+            return self.fastest
+        found = [c for c in self.tables.levels if c.peak_bytes <= budget_bytes]
+        found.extend(self._mixed(budget_bytes))
+        if not found:
+            floor = self.floor()
+            if floor.peak_bytes > budget_bytes:
+                return None
+            found = [floor]
+        best = min(found, key=lambda c: (c.seconds, c.peak_bytes))
+        return self._spend(best, budget_bytes)
+
+    def floor(self) -> Candidate:
+        """The plan of least peak that the search can find."""
+        tables = self.tables
+        found = list(tables.levels)
+        choice = lowest_peak(tables, self._left())
+        if choice is not None:
+            found.append(self.problem.evaluate(tables.mix(choice), "lowest peak"))
+        low = min(found, key=lambda c: (c.peak_bytes, c.seconds))
+        for _ in range(_MAX_TIGHTEN):
+            lower = next(iter(self._mixed(low.peak_bytes - 1)), None)
+            if lower is None or lower.peak_bytes >= low.peak_bytes:
+                break
+            low = lower
+        return low
+
+    @property
+    def tables(self) -> Tables:
+        """Levels by price of a byte, tabulated by region; made when first needed."""
+        if self._tables is None:
+            self._tables = tabulate(self.problem, self._levels())
+        return self._tables
+
+    def _mixed(self, budget_bytes: int) -> Iterator[Candidate]:
+        """(2) and (3): mixes that an exact evaluation confirms."""
+        solvers = {"greedy": [solve_greedy], "exact": [solve_exact]}.get(
+            self.solver, [solve_greedy, solve_exact]
+        )
+        for solve in solvers:
+            target = float(budget_bytes)
+            for _ in range(_MAX_TIGHTEN):
+                if self._left() <= 0:
+                    break
+                choice = solve(self.tables, target, self._left())
+                if choice is None:
+                    break
+                candidate = self.problem.evaluate(self.tables.mix(choice), solve.__name__)
+                if candidate.peak_bytes <= budget_bytes:
+                    yield candidate
+                    break
+                target -= candidate.peak_bytes - budget_bytes
+
+    def _levels(self) -> Sequence[Candidate]:
+        """(1) Bisect the price of a byte, in its logarithm, where the saved set changes."""
+        problem = self.problem
+        priced = [
+            t / b
+            for t, b in zip(problem.seconds, problem.save_bytes, strict=True)
+            if t > 0 and 0 < b < float("inf")
+        ]
+        low, high = (min(priced) / 10, max(priced) * 10) if priced else (1e-12, 1e-6)
+        sets: dict[frozenset[int], float] = {self.fastest.saved: 0.0}
+        first, last = problem.cut(lambda i: low), problem.cut(lambda i: high)
+        sets.setdefault(first, low)
+        sets.setdefault(last, high)
+        todo = [(low, first, high, last)]
+        while todo and len(sets) < _MAX_LEVELS:
+            a, at_a, b, at_b = todo.pop(0)
+            if at_a == at_b or b / a < 1.05:
+                continue
+            middle = (a * b) ** 0.5
+            at_middle = problem.cut(lambda i, price=middle: price)  # type: ignore[misc]
+            sets.setdefault(at_middle, middle)
+            todo += [(a, at_a, middle, at_middle), (middle, at_middle, b, at_b)]
+        found = [problem.evaluate(s, f"price {p:.1e} s/B") for s, p in sets.items()]
+        return [self.everything_kept, *found]
+
+    def _spend(self, start: Candidate, budget_bytes: int) -> Candidate:
+        """(4) Save more, dearest recomputation per byte first, in shrinking batches."""
+        problem, best = self.problem, start
+        wanted = sorted(
+            (i for i in best.liveness.schedule.recomputed if 0 < problem.save_bytes[i] < float("inf")),
+            key=lambda i: (-problem.seconds[i] / problem.save_bytes[i], i),
+        )
+        batch = max(1, len(wanted) // 2)
+        at = 0
+        while at < len(wanted) and self._left() > 0:
+            trial = problem.evaluate(best.saved | set(wanted[at : at + batch]), best.origin)
+            if trial.peak_bytes <= budget_bytes and trial.seconds < best.seconds:
+                best, at = trial, at + batch
+            elif batch > 1:
+                batch //= 2
+            else:
+                at += 1
+        return best
+
+    def _left(self) -> float:
+        return self.deadline - time.perf_counter()

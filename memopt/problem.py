@@ -1,0 +1,167 @@
+"""The planning problem: prices of saving and recomputing each node, and exact evaluation."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from memopt.cost import CostModel
+from memopt.graph import OpKind, tensors
+from memopt.joint import JointGraph
+from memopt.liveness import Liveness, analyse, storages_of
+from memopt.mincut import cheapest_saved_set
+from memopt.schedule import Schedule, make_schedule
+from memopt._torch import is_sym_node
+
+INFINITE = float("inf")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A saved set, evaluated.
+
+    Attributes:
+        saved: joint-graph indices of the saved nodes.
+        liveness: who is alive when.
+        peak_bytes: the highest live bytes of the step.
+        seconds: time spent on recomputation and on writing and reading what is saved.
+        recompute_seconds: the part of it that is recomputation.
+        origin: which search found it.
+    """
+
+    saved: frozenset[int]
+    liveness: Liveness
+    peak_bytes: int
+    seconds: float
+    recompute_seconds: float
+    origin: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One joint graph, priced.
+
+    Attributes:
+        joint: the graph.
+        cost: seconds and scratch bytes of each node.
+        round_bytes: rounds a storage's size up as the allocator does.
+    """
+
+    joint: JointGraph
+    cost: CostModel
+
+    @cached_property
+    def seconds(self) -> list[float]:
+        """Time to run each node once."""
+        return [self.cost.seconds(node) for node in self.joint.nodes]
+
+    @cached_property
+    def workspace(self) -> list[int]:
+        """Scratch bytes of each node."""
+        return [self.cost.workspace_bytes(node) for node in self.joint.nodes]
+
+    @cached_property
+    def recompute_price(self) -> list[float]:
+        """Seconds to recompute each node; infinite where that could change its value."""
+        joint = self.joint
+        return [
+            self.seconds[i] if joint.recomputable[i] and not self._pinned(i) else INFINITE
+            for i in range(len(joint))
+        ]
+
+    @cached_property
+    def save_bytes(self) -> list[float]:
+        """Bytes that saving each node costs: 0 for what is resident, infinite for what cannot.
+
+        Views are never saved themselves: they are made again from their base at no cost.
+        """
+        joint = self.joint
+        price = [INFINITE] * len(joint)
+        for i, node in enumerate(joint.nodes):
+            if joint.kind[i] is OpKind.INPUT:
+                price[i] = 0.0
+            elif joint.forwardable[i] and (is_sym_node(node) or not tensors(node.meta.get("val"))):
+                price[i] = 0.0 if is_sym_node(node) else INFINITE
+        for s in joint.storages:
+            if s.base >= 0 and not s.resident and joint.forwardable[s.base]:
+                price[s.base] = float(s.nbytes)
+        return price
+
+    @cached_property
+    def needed(self) -> list[int]:
+        """Values of the forward that the true backward reads."""
+        joint = self.joint
+        read = {
+            u
+            for i in range(len(joint))
+            if not joint.forwardable[i]
+            for u in joint.inputs[i]
+            if joint.forwardable[u]
+        }
+        read.update(i for i in joint.backward_outputs if joint.forwardable[i])
+        return sorted(read)
+
+    @cached_property
+    def forward_seconds(self) -> float:
+        """Time of the forward half."""
+        return sum(s for s, on in zip(self.seconds, self.joint.required_forward, strict=True) if on)
+
+    def evaluate(self, saved: Iterable[int], origin: str) -> Candidate:
+        """Schedule the two halves for a saved set, and measure it exactly under the model."""
+        schedule = make_schedule(self.joint, saved)
+        liveness = analyse(schedule, self.workspace, fused=self.cost.fused)
+        recompute = sum(self.seconds[i] for i in schedule.recomputed)
+        traffic = self.cost.traffic_seconds(liveness.saved_bytes)
+        return Candidate(
+            schedule.saved,
+            liveness,
+            liveness.peak_bytes,
+            recompute + traffic,
+            recompute,
+            origin,
+        )
+
+    def cut(self, price: Callable[[int], float]) -> frozenset[int]:
+        """The cheapest saved set when saving node ``i`` costs ``price(i)`` seconds per byte."""
+        traffic = self.cost.traffic_seconds(1)
+        save = [
+            b if b in (0.0, INFINITE) else b * (price(i) + traffic)
+            for i, b in enumerate(self.save_bytes)
+        ]
+        chosen = cheapest_saved_set(self.joint.inputs, self.needed, save, self.recompute_price)
+        return frozenset(i for i in chosen if self.joint.kind[i] is not OpKind.INPUT)
+
+    def keep_everything(self) -> Candidate:
+        """Save every value that the backward reads: nothing but views runs twice."""
+        always = [INFINITE if t > 0 or self._pinned(i) else 0.0 for i, t in enumerate(self.seconds)]
+        save = [0.0 if b != INFINITE else INFINITE for b in self.save_bytes]
+        chosen = cheapest_saved_set(self.joint.inputs, self.needed, save, always)
+        kept = frozenset(i for i in chosen if self.joint.kind[i] is not OpKind.INPUT)
+        return self.evaluate(kept, "everything kept")
+
+    def repair(self, saved: Iterable[int]) -> frozenset[int]:
+        """Add to a saved set what must not be recomputed, such as random draws."""
+        chosen = {i for i in saved if self.joint.kind[i] is not OpKind.INPUT}
+        price = self.recompute_price
+        save = [
+            0.0 if i in chosen or self.save_bytes[i] == 0.0 else b
+            for i, b in enumerate(self.save_bytes)
+        ]
+        illegal = [i for i in make_schedule(self.joint, chosen).recomputed if price[i] == INFINITE]
+        if not illegal:
+            return frozenset(chosen)
+        free = [0.0 if p != INFINITE else INFINITE for p in price]
+        extra = cheapest_saved_set(self.joint.inputs, self.needed, save, free)
+        return frozenset(chosen | {i for i in extra if self.joint.kind[i] is not OpKind.INPUT})
+
+    def saved_storages(self, saved: Iterable[int]) -> set[int]:
+        """The storages that a saved set holds across the boundary."""
+        outputs = storages_of(self.joint, self.joint.forward_outputs)
+        return storages_of(self.joint, saved) - outputs
+
+    def _pinned(self, i: int) -> bool:
+        return not self.joint.recomputable[i] and self.joint.kind[i] is not OpKind.VIEW
+
+
+def schedule_of(candidate: Candidate) -> Schedule:
+    """The schedule behind a candidate."""
+    return candidate.liveness.schedule

@@ -1,0 +1,88 @@
+"""The order in which the two halves of a step run, given what is saved between them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from memopt.graph import OpKind
+from memopt.joint import JointGraph
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What runs, when: indices of joint-graph nodes.
+
+    Attributes:
+        joint: the graph.
+        saved: nodes whose values cross from the forward to the backward.
+        forward: the forward half, in order.
+        backward: the backward half, in order, recomputation included.
+    """
+
+    joint: JointGraph
+    saved: frozenset[int]
+    forward: tuple[int, ...]
+    backward: tuple[int, ...]
+
+    @cached_property
+    def recomputed(self) -> tuple[int, ...]:
+        """Forward nodes that the backward runs again, in the order it runs them."""
+        ran = set(self.forward)
+        return tuple(i for i in self.backward if i in ran)
+
+
+def make_schedule(joint: JointGraph, saved: Iterable[int]) -> Schedule:
+    """Order both halves; each recomputation runs just before its first use.
+
+    Running recomputation early would hold its results for longer than needed: the peak of a
+    checkpointed step depends on this order as much as on what is saved.
+    """
+    saved = frozenset(saved)
+    needed = _ancestors(joint, [*joint.forward_outputs, *saved])
+    return Schedule(
+        joint, saved, forward=tuple(_forward(joint, needed)), backward=tuple(_backward(joint, saved))
+    )
+
+
+def _forward(joint: JointGraph, needed: set[int]) -> list[int]:
+    return [i for i in range(len(joint)) if i in needed and joint.kind[i] is not OpKind.INPUT]
+
+
+def _backward(joint: JointGraph, saved: frozenset[int]) -> list[int]:
+    """(1) Walk the true backward nodes in joint order; (2) bring in what each lacks, in order."""
+    inputs, kind = joint.inputs, joint.kind
+    needed = _ancestors(joint, joint.backward_outputs, stop=saved)
+    done = [k is OpKind.INPUT for k in kind]
+    for i in saved:
+        done[i] = True
+    order: list[int] = []
+    roots = [i for i in sorted(needed) if not joint.forwardable[i]]  # (1)
+    for root in [*roots, *joint.backward_outputs]:
+        if done[root]:
+            continue
+        missing, stack = [], [root]  # (2)
+        while stack:
+            i = stack.pop()
+            if done[i]:
+                continue
+            done[i] = True
+            missing.append(i)
+            stack.extend(inputs[i])
+        order.extend(sorted(missing))
+    return order
+
+
+def _ancestors(
+    joint: JointGraph, roots: Iterable[int], stop: frozenset[int] = frozenset()
+) -> set[int]:
+    """Everything the roots depend on, themselves included, not looking past ``stop``."""
+    seen: set[int] = set()
+    stack = list(roots)
+    while stack:
+        i = stack.pop()
+        if i in seen:
+            continue
+        seen.add(i)
+        if i not in stop:
+            stack.extend(joint.inputs[i])
+    return seen

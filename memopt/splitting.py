@@ -1,0 +1,244 @@
+"""Joint graph in, forward and backward out: passes, planning and partition, for any lowering."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from memopt._torch import (
+    NodeInfo,
+    choose_saved_values_set,
+    cleanup_recompute_tags,
+    force_save_bw_mutation_src,
+    force_save_collectives,
+    force_save_effectful_ops,
+    fx_graph_cse,
+    has_recomputable_ops,
+    trace_structured,
+)
+from memopt.config import Config
+from memopt.cost import CostModel
+from memopt.device import DEVICES, DeviceSpec, device_spec, spec_for_product
+from memopt.errors import PlanError
+from memopt.graph import source_line, tensors
+from memopt.joint import JointGraph, index_joint_graph
+from memopt.liveness import storages_of
+from memopt.partition import partition
+from memopt.passes import JOINT, POST_GRAD
+from memopt.pipeline import PassContext, Pipeline
+from memopt.plan import Plan, fingerprint
+from memopt.planner import Search
+from memopt.problem import Candidate, Problem
+from memopt.record import DecisionRow
+
+Halves = tuple[fx.GraphModule, fx.GraphModule]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What planning one joint graph came to.
+
+    Attributes:
+        problem: the priced graph.
+        search: the planning session, with the baselines in it.
+        chosen: the plan that the partition follows.
+        limit_bytes: the bound that it was asked to meet, or None.
+        fits: whether the model says that it meets it.
+        seconds: wall-clock time of planning.
+    """
+
+    problem: Problem
+    search: Search
+    chosen: Candidate
+    limit_bytes: int | None
+    fits: bool
+    seconds: float
+
+    @property
+    def plan(self) -> Plan:
+        """The decision as data."""
+        joint = self.problem.joint
+        return Plan(
+            fingerprint=graph_fingerprint(joint),
+            saved=tuple(sorted(joint.nodes[i].name for i in self.chosen.saved)),
+            peak_bytes=self.chosen.peak_bytes,
+            seconds=self.chosen.seconds,
+            budget_bytes=self.limit_bytes,
+            solver=self.chosen.origin,
+        )
+
+    def decisions(self) -> tuple[DecisionRow, ...]:
+        """The fate of every storage that the backward needs, largest first."""
+        joint, problem = self.problem.joint, self.problem
+        kept = problem.saved_storages(self.chosen.saved)
+        asked = kept | problem.saved_storages(self.search.everything_kept.saved)
+        rows = []
+        for s in asked:
+            storage = joint.storages[s]
+            node = joint.nodes[storage.owner]
+            rows.append(
+                DecisionRow(
+                    name=joint.nodes[storage.base].name,
+                    op=str(node.target),
+                    kind="keep" if s in kept else "recompute",
+                    nbytes=storage.nbytes,
+                    seconds=problem.seconds[storage.owner],
+                    source=source_line(node),
+                )
+            )
+        return tuple(sorted(rows, key=lambda row: (-row.nbytes, row.name)))
+
+
+@dataclass
+class Splitter:
+    """Plans and partitions joint graphs under one configuration.
+
+    Attributes:
+        config: the user's options.
+        ctx: where passes speak.
+        held_bytes: what earlier graphs of the same step hold while this one runs.
+        margin_bytes: how far below the budget to aim, since the last attempt overshot.
+        outcomes: one per joint graph split so far.
+    """
+
+    config: Config
+    ctx: PassContext
+    held_bytes: int = 0
+    margin_bytes: int = 0
+    outcomes: list[Outcome] = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        self.outcomes = []
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        *,
+        num_fwd_outputs: int,
+        static_lifetime_input_indices: Sequence[int] | None = None,
+        **_: Any,
+    ) -> Halves:
+        """Split one joint graph; the signature is torch's for a ``partition_fn``."""
+        gm = _tidy(gm)
+        Pipeline("joint", JOINT).run(gm, self.ctx)
+        joint, info = index_joint_graph(
+            gm,
+            num_fwd_outputs=num_fwd_outputs,
+            static_inputs=static_lifetime_input_indices or (),
+        )
+        outcome = self._plan(gm, joint, info)
+        self.outcomes.append(outcome)
+        trace_structured(
+            "artifact",
+            metadata_fn=lambda: {"name": "memopt_plan", "encoding": "json"},
+            payload_fn=lambda: outcome.plan.to_json(),
+        )
+        schedule = outcome.chosen.liveness.schedule
+        halves = partition(gm, info, schedule, num_fwd_outputs=num_fwd_outputs)
+        for half in halves:
+            Pipeline("post_grad", POST_GRAD).run(half, self.ctx)
+        return halves
+
+    def _plan(self, gm: fx.GraphModule, joint: JointGraph, info: NodeInfo) -> Outcome:
+        start = time.perf_counter()
+        fused = self.config.lowering == "inductor"
+        cost = CostModel(device_of(joint, self.config), fused, self.config.cost == "measured")
+        problem = Problem(joint, cost)
+        search = Search(
+            problem,
+            fastest=_stock_saved_set(gm, joint, info) if fused else None,
+            solver=self.config.solver,
+            time_limit=self.config.solver_seconds,
+        )
+        limit = self.config.memory_budget.limit_bytes(search.everything_kept.peak_bytes)
+        if limit is not None:
+            limit -= self.held_bytes
+        if self.config.plan is not None:
+            chosen: Candidate | None = _replay(problem, self.config.plan)
+        elif self.config.memory_budget.kind == "min":
+            floor = search.floor()
+            chosen = search.plan(floor.peak_bytes) or floor
+        else:
+            chosen = search.plan(None if limit is None else limit - self.margin_bytes)
+        fits = chosen is not None
+        seconds = time.perf_counter() - start
+        return Outcome(problem, search, chosen or search.floor(), limit, fits, seconds)
+
+
+def device_of(joint: JointGraph, config: Config) -> DeviceSpec:
+    """The device to plan for: the one named in the options, else the one the tensors are on."""
+    if config.device is not None:
+        return device_spec(config.device)
+    for node in joint.nodes:
+        for tensor in tensors(node.meta.get("val")):
+            if tensor.device.type == "cuda":
+                return spec_for_product(torch.cuda.get_device_name(tensor.device))
+            if tensor.device.type != "cpu":
+                return DEVICES["a100"]
+    return DEVICES["cpu"]
+
+
+def graph_fingerprint(joint: JointGraph) -> str:
+    """Identity of a joint graph: operators, shapes, dtypes and edges, in order."""
+    lines = []
+    for node, inputs in zip(joint.nodes, joint.inputs, strict=True):
+        shapes = [(tuple(map(str, t.shape)), str(t.dtype)) for t in tensors(node.meta.get("val"))]
+        lines.append(f"{node.name} {node.target} {inputs} {shapes}")
+    return fingerprint(lines)
+
+
+def _tidy(gm: fx.GraphModule) -> fx.GraphModule:
+    """What torch's own partitioner does first: dead code, common subexpressions, forced saves."""
+    gm.graph.eliminate_dead_code()
+    gm.graph = fx_graph_cse(gm.graph)
+    if has_recomputable_ops(gm):
+        gm = cleanup_recompute_tags(gm, is_default_partition=False)
+    force_save_collectives(gm)
+    force_save_effectful_ops(gm)
+    force_save_bw_mutation_src(gm)
+    gm.recompile()
+    return gm
+
+
+def _stock_saved_set(gm: fx.GraphModule, joint: JointGraph, info: NodeInfo) -> list[int]:
+    """The saved set of torch's min-cut partitioner: what Inductor would do with no budget."""
+    if not info.required_bw_nodes:
+        return []
+    far = int(1e9)
+    for node in reversed(gm.graph.nodes):
+        if node.op != "output" and not info.is_required_fw(node):
+            node.dist_from_bw = 0
+        else:
+            users = [] if node.op == "output" else [u.dist_from_bw + 1 for u in node.users]
+            node.dist_from_bw = min([far, *users])
+    saved = choose_saved_values_set(gm.graph, info, memory_budget=1)
+    return [joint.index[n] for n in saved]
+
+
+def _replay(problem: Problem, path: str) -> Candidate:
+    """The saved set of a plan file.
+
+    Raises:
+        PlanError: the file cannot be read, or was made for another graph.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            plan = Plan.from_json(file.read())
+    except OSError as error:
+        raise PlanError(f"cannot read the plan {path!r}: {error.strerror}") from error
+    joint = problem.joint
+    own = graph_fingerprint(joint)
+    if plan.fingerprint != own:
+        raise PlanError(
+            f"the plan {path!r} was made for graph {plan.fingerprint}, this graph is {own}: "
+            f"the model, its input shapes or torch changed; plan again"
+        )
+    by_name = {node.name: i for i, node in enumerate(joint.nodes)}
+    saved = problem.repair(by_name[name] for name in plan.saved if name in by_name)
+    return problem.evaluate(saved, f"replayed from {path}")
+
+

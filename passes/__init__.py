@@ -1,0 +1,15 @@
+"""The passes: one file each, in the order they run.
+
+Import them as ``memopt.passes``. The folder is called ``passes`` only in the source tree.
+"""
+
+if __name__ != "memopt.passes":
+    raise ImportError(f"import memopt.passes, not {__name__}: it would be loaded a second time")
+
+from memopt.passes.clone_mutated_inputs import CloneMutatedInputs
+from memopt.pipeline import Pass
+
+PRE_GRAD: tuple[Pass, ...] = ()
+JOINT: tuple[Pass, ...] = (CloneMutatedInputs(),)
+POST_GRAD: tuple[Pass, ...] = ()
+INFERENCE: tuple[Pass, ...] = ()

@@ -1,0 +1,69 @@
+import pytest
+import torch
+
+from bench.zoo import MODELS, LossOnly, checkpoint_blocks, loss_of, step
+
+TINY = [name for name, model in MODELS.items() if "tiny" in model.sizes]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_step_gives_a_finite_loss_and_every_gradient(name):
+    module, inputs = MODELS[name].make()
+    assert step(module, inputs).isfinite()
+    without = [key for key, p in module.named_parameters() if p.grad is None]
+    assert not without
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_equal_seeds_give_equal_losses(name):
+    def loss():
+        module, inputs = MODELS[name].make(seed=3)
+        torch.manual_seed(0)
+        return step(module, inputs)
+
+    assert loss() == loss()
+
+
+@pytest.mark.parametrize("name", [n for n in TINY if "float32_only" not in MODELS[n].tags])
+def test_float64_starts_from_the_same_model(name):
+    losses = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        module, inputs = MODELS[name].make(dtype=dtype)
+        module.eval()
+        with torch.no_grad():
+            losses.append(loss_of(module(**inputs)).double())
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n in TINY if "checkpoint" in MODELS[n].tags])
+def test_checkpoints_change_no_gradient(name):
+    gradients = []
+    for checkpointed in (False, True):
+        module, inputs = MODELS[name].make()
+        if checkpointed:
+            checkpoint_blocks(module)
+        torch.manual_seed(0)
+        step(module, inputs)
+        gradients.append([p.grad for p in module.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_model_without_blocks_says_so():
+    module, _ = MODELS["in_place"].make()
+    with pytest.raises(ValueError, match="InPlace has no blocks"):
+        checkpoint_blocks(module)
+
+
+def test_loss_only_returns_the_loss():
+    module, inputs = MODELS["llama"].make()
+    assert LossOnly(module)(**inputs) == module(**inputs).loss
+
+
+def test_table_a_and_b_have_the_parameters_of_their_tables():
+    mib = {
+        name: sum(p.numel() * 4 for p in MODELS[name].sizes["bench"].build().parameters()) / 2**20
+        for name in ("llama_a", "llama_b")
+    }
+    assert round(mib["llama_a"]) == 173
+    assert round(mib["llama_b"]) == 28
