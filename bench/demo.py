@@ -157,7 +157,8 @@ def main() -> int:
         task = progress.add_task("explaining the plan", total=1)
         torch._dynamo.reset()
         options = {"memory_budget": EXPLAINED_BUDGET}
-        report = memopt.explain(new_model(vocab, device), **data[0], options=options)
+        batch: dict[str, Any] = dict(data[0])
+        report = memopt.explain(new_model(vocab, device), **batch, options=options)
         OUT.mkdir(exist_ok=True)
         report.plot(OUT / "timeline.png")
         report.save(OUT / "timeline.html")

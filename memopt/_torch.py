@@ -89,7 +89,13 @@ forward_and_backward_outputs = _extract_fwd_bwd_outputs
 def capture_output_code(sink: Callable[[str], None]) -> Iterator[None]:
     """Send the source of every module that Inductor emits or loads from its cache to ``sink``."""
     before = GraphLowering.save_output_code
-    GraphLowering.save_output_code = staticmethod(sink)
+
+    def tee(code: str) -> None:
+        sink(code)
+        if before is not None:  # another listener, such as torch's run_and_get_code
+            before(code)
+
+    GraphLowering.save_output_code = staticmethod(tee)
     try:
         yield
     finally:

@@ -107,6 +107,7 @@ class _Meter:
     steps: list[Step] = field(default_factory=list)
     ranges: list[LiveRange] = field(default_factory=list)
     _born: dict[int, tuple[str, int]] = field(default_factory=dict)
+    _resident: list[Any] = field(default_factory=list)
 
     def allocate(self, tensor: torch.Tensor, name: str) -> bool:
         """Count a tensor's storage until it dies; False where it is counted already."""
@@ -130,7 +131,8 @@ class _Meter:
         self.steps.append(Step(name, backward=self.backward))
 
     def ignore(self, tensors: Sequence[Any]) -> None:
-        """These were resident before the step began."""
+        """These were resident before the step began, and stay: their addresses are not reused."""
+        self._resident.extend(tensors)
         for tensor in tensors:
             if isinstance(tensor, torch.Tensor):
                 self._born.setdefault(_key(tensor), ("resident", -1))

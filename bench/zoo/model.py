@@ -96,8 +96,11 @@ def checkpoint_blocks(module: nn.Module) -> None:
     Raises:
         ValueError: the module has no blocks to put under checkpoints.
     """
-    if hasattr(module, "gradient_checkpointing_enable"):
-        module.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    # transformers renamed the method in 5.23 and warns about the old name.
+    new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+    enable = getattr(module, new, None) or getattr(module, old, None)
+    if enable is not None:
+        enable({"use_reentrant": False})
     elif isinstance(module, BlockModel):
         module.checkpointing = True
     else:
