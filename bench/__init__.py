@@ -10,5 +10,7 @@ import sys
 # it for the Hugging Face package of that name. None here is Python's way to say "not installed".
 sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
-# The profiler behind `Meter` announces each start and stop on stderr; read when torch is imported.
+# Read when torch is imported. The profiler behind `Meter` announces each start and stop on stderr,
+# and the allocator warns of releases that `Meter` leaves out on purpose.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -6,7 +6,8 @@
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,47 @@ def table(done: list[Column]) -> Table:
     return result
 
 
+def explain(model: nn.Module, inputs: Inputs) -> None:
+    """Save the memory timeline of the half-peak plan as a picture and as a page."""
+    torch._dynamo.reset()
+    arguments: dict[str, Any] = dict(inputs)
+    report = memopt.explain(model, **arguments, options={"memory_budget": EXPLAINED_BUDGET})
+    OUT.mkdir(exist_ok=True)
+    report.plot(OUT / "timeline.png")
+    report.save(OUT / "timeline.html")
+
+
+class Stages:
+    """Shows what is going on and for how long: live in a terminal, line by line elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        layout = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        self._live = Progress(*layout, console=console, disable=not console.is_terminal)
+
+    def __enter__(self) -> "Stages":
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[Callable[[str], None]]:
+        """One line of progress; the value yielded replaces the text after the title."""
+        task = self._live.add_task(title, total=1)
+        start = time.perf_counter()
+        self._note(f"{title} ...")
+        yield lambda text: self._live.update(task, description=f"{title}: {text}")
+        self._live.update(task, completed=1, description=f"{title}: done")
+        self._note(f"{title}: done in {time.perf_counter() - start:.0f} s")
+
+    def _note(self, line: str) -> None:
+        if not self._console.is_terminal:
+            self._console.print(line, highlight=False)
+            sys.stdout.flush()
+
+
 def main() -> int:
     """Run the four columns, print the table, save the memory timeline."""
     console = Console()
@@ -141,29 +183,13 @@ def main() -> int:
         f"A 4-layer Llama learns {TEXT.name} ({len(tokens):,} characters) on {device}: "
         f"{STEPS} steps of {BATCH} x {LENGTH} tokens, four ways."
     )
-    layout = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*layout, console=console) as progress:
+    with Stages(console) as stages:
         for column in done:
-            task = progress.add_task(column.title, total=1)
-            train(
-                column,
-                new_model(vocab, device),
-                data,
-                lambda text, task=task, column=column: progress.update(  # type: ignore[misc]
-                    task, description=f"{column.title}: {text}"
-                ),
-            )
-            progress.update(task, completed=1, description=f"{column.title}: done")
-        task = progress.add_task("explaining the plan", total=1)
-        torch._dynamo.reset()
-        options = {"memory_budget": EXPLAINED_BUDGET}
-        batch: dict[str, Any] = dict(data[0])
-        report = memopt.explain(new_model(vocab, device), **batch, options=options)
-        OUT.mkdir(exist_ok=True)
-        report.plot(OUT / "timeline.png")
-        report.save(OUT / "timeline.html")
-        progress.update(task, completed=1)
+            with stages.stage(column.title) as tick:
+                train(column, new_model(vocab, device), data, tick)
     console.print(table(done))
+    with Stages(console) as stages, stages.stage("explaining the plan"):
+        explain(new_model(vocab, device), data[0])
     console.print(f"Memory over the step: {OUT}/timeline.png, and to explore, {OUT}/timeline.html")
     return 0
 

@@ -88,9 +88,16 @@ def _picture(rows: Rows, case: str, path: Path) -> Path | None:
         if family not in points:
             continue
         seconds, mib = zip(*sorted(points[family]), strict=True)
-        line = "-" if family == "memopt" else ""
+        line = "-" if family == "memopt" else "none"
         axes.plot(
-            seconds, mib, line, marker=marker, color=colour, label=label, markersize=7, alpha=0.9
+            seconds,
+            mib,
+            linestyle=line,
+            marker=marker,
+            color=colour,
+            label=label,
+            markersize=7,
+            alpha=0.9,
         )
     axes.set_xlabel("step time, seconds (median)")
     axes.set_ylabel("peak of the step, MiB")

@@ -28,7 +28,8 @@ class Row:
     """One peer on one case; None where there is nothing to report.
 
     Attributes:
-        status: ``"ok"``, ``"failed"`` or ``"skipped"``; ``error`` says why.
+        status: ``"ok"``, ``"failed"``, ``"infeasible"`` (memopt finds no plan that fits) or
+            ``"skipped"`` (a peer it needs has no figures); ``error`` says why.
         peak_bytes: highest allocator bytes of one training step above its start.
         end_bytes: the same when the step has ended.
         reserved_bytes: what CUDA's allocator held at most, in all.

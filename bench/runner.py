@@ -134,7 +134,8 @@ def _prepare(
     try:
         prepared: Prepared = worker.call("prepare")
     except WorkerError as error:
-        row.status, row.error = "failed", str(error)
+        infeasible = str(error).startswith("BudgetInfeasibleError")
+        row.status, row.error = "infeasible" if infeasible else "failed", str(error)
         workers.pop(peer.name).close()
         return
     row.take(prepared, reference_peer)

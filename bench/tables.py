@@ -44,7 +44,7 @@ def _case_line(rows: Rows, key: tuple[str, str]) -> list[str]:
     return [
         key[1],
         _budget(row["memory_budget"]),
-        _mib(row["peak_bytes"]),
+        _mib(row["peak_bytes"]) + (" (over)" if is_over_budget(row) else ""),
         _figure(relative(rows, key, "peak_bytes"), ".3f"),
         _figure(row["step_seconds"], ".3f"),
         _figure(relative(rows, key, "step_seconds"), ".3f"),
@@ -52,6 +52,12 @@ def _case_line(rows: Rows, key: tuple[str, str]) -> list[str]:
         _figure(row["first_step_seconds"], ".1f"),
         _figure(row["gradient_error"], ".1e"),
     ]
+
+
+def is_over_budget(row: dict[str, Any]) -> bool:
+    """Whether a budget in bytes was exceeded."""
+    budget, peak = row["memory_budget"], row["peak_bytes"]
+    return isinstance(budget, int) and peak is not None and peak > budget
 
 
 def startup_table(results: dict[str, Any]) -> str:

@@ -178,4 +178,5 @@ def serve(connection: Connection, job: Job) -> None:
             session = session or Session(job)
             connection.send((True, getattr(session, method)(*arguments)))
         except Exception as error:  # every failure of a peer belongs in the results
-            connection.send((False, f"{type(error).__name__}: {error}"))
+            cause = getattr(error, "inner_exception", None) or error
+            connection.send((False, f"{type(cause).__name__}: {cause}"))

@@ -44,6 +44,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as disable_modes
 
 __all__ = [
     "CustomGraphPass",
@@ -60,6 +61,7 @@ __all__ = [
     "classify_nodes",
     "cleanup_recompute_tags",
     "compile_fx",
+    "disable_modes",
     "extract_forward_and_backward",
     "force_save_bw_mutation_src",
     "force_save_collectives",

@@ -174,7 +174,7 @@ class _Watch(TorchDispatchMode):
         leaves = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
         fresh = [self._meter.allocate(t, owner or name) for t in leaves]
         if not empty and (any(fresh) or func._schema.is_mutable):
-            self._meter.step(name, workspace_bytes(func, args, result))
+            self._meter.step(name, workspace_bytes(func, args, kwargs or {}, result))
         return result
 
 
@@ -245,7 +245,7 @@ class _Externs:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             if "out" in kwargs:
-                self.meter.step(name, workspace_bytes(name, args, kwargs["out"]))
+                self.meter.step(name)
                 return kwargs["out"]
             return getattr(self.real, name)(*args, **kwargs)
 

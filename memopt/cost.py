@@ -10,9 +10,10 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
+from memopt._torch import OpOverload, disable_modes, pytree, size_hint
 from memopt.device import DeviceSpec
-from memopt.graph import OpKind, aten, op_kind, packet_name, storage_nbytes, tensors
-from memopt._torch import OpOverload, pytree, size_hint
+from memopt.graph import OpKind, op_kind, packet_name, tensors
+from memopt.workspace import workspace_bytes
 
 # Vector operations that cost this many times an addition, on a device without spare arithmetic.
 _SLOW_ELEMENTWISE = frozenset(
@@ -67,8 +68,15 @@ class CostModel:
 
     def workspace_bytes(self, node: fx.Node) -> int:
         """Scratch that the node's kernel allocates and frees while it runs."""
-        rule = _WORKSPACE.get(packet_name(node.target)) if node.op == "call_function" else None
-        return rule(node) if rule else 0
+        kind = op_kind(node)
+        if kind in (OpKind.INPUT, OpKind.VIEW, OpKind.SYMBOL):
+            return 0
+        if self.fused and kind is not OpKind.EXTERN:
+            return 0
+        args, kwargs = pytree.tree_map_only(
+            fx.Node, lambda n: n.meta.get("val"), (node.args, node.kwargs)
+        )
+        return workspace_bytes(node.target, args, kwargs, node.meta.get("val"))
 
     def _roofline(self, flops: float, moved: int, dtype: str) -> float:
         bound = max(flops / self.device.flops_for(dtype), moved / self.device.bandwidth)
@@ -132,10 +140,10 @@ def _time(node: fx.Node) -> float:
     def real(n: fx.Node) -> Any:
         return pytree.tree_map_only(torch.Tensor, _zeros, n.meta.get("val"))
 
-    args, kwargs = pytree.tree_map_only(fx.Node, real, (node.args, node.kwargs))
-    cuda = any(t.is_cuda for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor))
+    cuda = any(t.is_cuda for n in node.all_input_nodes for t in _values(n))
     runs = []
-    with torch.no_grad():
+    with disable_modes(), torch.no_grad():
+        args, kwargs = pytree.tree_map_only(fx.Node, real, (node.args, node.kwargs))
         for _ in range(4):
             start = time.perf_counter()
             node.target(*args, **kwargs)  # type: ignore[operator]
@@ -149,6 +157,3 @@ def _zeros(fake: torch.Tensor) -> torch.Tensor:
     shape = [size_hint(d) for d in fake.shape]
     stride = [size_hint(d) for d in fake.stride()]
     return torch.empty_strided(shape, stride, dtype=fake.dtype, device=fake.device).zero_()
-
-
-_WORKSPACE: dict[str, Any] = {}

@@ -7,7 +7,7 @@ planning; what is certified is the code that Inductor emits.
 """
 
 import itertools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -79,7 +79,7 @@ class Liveness:
 
 
 def analyse(schedule: Schedule, workspace: Sequence[int], *, fused: bool) -> Liveness:
-    """Compute the life of every storage.
+    """Compute every life of every storage.
 
     Forward outputs are taken to stay alive to the end of the step, as the caller may hold them.
 
@@ -89,18 +89,21 @@ def analyse(schedule: Schedule, workspace: Sequence[int], *, fused: bool) -> Liv
         fused: whether pointwise values that only loops read stay out of memory.
     """
     joint = schedule.joint
-    saved = storages_of(joint, schedule.saved)
-    outputs = storages_of(joint, joint.forward_outputs)
-    gradients = storages_of(joint, joint.backward_outputs)
-    tangents = storages_of(joint, joint.tangents)
-    half = _fused_half if fused else _unfused_half
     boundary = len(schedule.forward)
-    lives = half(joint, schedule.forward, 0, set(), saved | outputs)
-    lives += half(
-        joint, schedule.backward, boundary, saved | outputs | tangents, gradients | outputs
+    outputs = joint.forward_outputs
+    half = _FusedHalf if fused else _Half
+    forward = half(joint, schedule.forward, start=0, held=(), kept=(*schedule.saved, *outputs))
+    backward = half(
+        joint,
+        schedule.backward,
+        start=boundary,
+        held=(*schedule.saved, *outputs, *joint.tangents),
+        kept=(*joint.backward_outputs, *outputs),
     )
     steps = (*schedule.forward, *schedule.backward)
-    return Liveness(schedule, tuple(lives), tuple(workspace[i] for i in steps))
+    return Liveness(
+        schedule, (*forward.lives(), *backward.lives()), tuple(workspace[i] for i in steps)
+    )
 
 
 def storages_of(joint: JointGraph, nodes: Iterable[int]) -> set[int]:
@@ -108,70 +111,132 @@ def storages_of(joint: JointGraph, nodes: Iterable[int]) -> set[int]:
     return {s for i in nodes for s in joint.storage_of[i] if not joint.storages[s].resident}
 
 
-def _unfused_half(
-    joint: JointGraph, order: Sequence[int], start: int, held: set[int], kept: set[int]
-) -> list[Life]:
-    first = dict.fromkeys(held, start)
-    last = dict.fromkeys(held, start)
-    for step, i in enumerate(order, start):
-        for s in joint.allocates[i]:
-            first[s] = last[s] = step
-        for u in joint.inputs[i]:
-            for s in joint.storage_of[u]:
-                last[s] = step
-    return _close(first, last, kept, start + len(order))
+class _Half:
+    """Walks one half of a schedule and opens a life for everything it allocates.
+
+    A storage may live twice at once: recomputing an operator with several results makes anew
+    even those that were saved.
+
+    Args:
+        joint: the graph.
+        order: what runs.
+        start: step of the first node.
+        held: nodes whose storages are alive when the half starts.
+        kept: nodes whose storages are alive when it ends.
+    """
+
+    def __init__(
+        self,
+        joint: JointGraph,
+        order: Sequence[int],
+        *,
+        start: int,
+        held: Iterable[int],
+        kept: Iterable[int],
+    ) -> None:
+        self.joint, self.order, self.kept = joint, order, tuple(kept)
+        self.end = start + len(order)
+        self.storage: list[int] = []
+        self.first: list[int] = []
+        self.last: list[int] = []
+        self.value: dict[int, dict[int, int]] = {}
+        shared: dict[int, int] = {}
+        for i in held:
+            for s in storages_of(joint, (i,)):
+                if s not in shared:
+                    shared[s] = self._open(s, start)
+            self.value[i] = {s: shared[s] for s in joint.storage_of[i] if s in shared}
+        for step, i in enumerate(order, start):
+            self.visit(step, i)
+
+    def visit(self, step: int, i: int) -> None:
+        """Run one node: what it makes is born, what it reads is alive."""
+        for u in self.joint.inputs[i]:
+            for life in self.value.get(u, {}).values():
+                self.last[life] = step
+        self.value[i] = self.made(step, i)
+
+    def made(self, step: int, i: int) -> dict[int, int]:
+        """The lives behind a node's value: opened here, or those of the value it is a view of."""
+        fresh = {s: self._open(s, step) for s in self.joint.allocates[i]}
+        if len(fresh) < len(self.joint.storage_of[i]):
+            for u in self.joint.inputs[i]:
+                known = self.value.get(u, {})
+                fresh.update(
+                    (s, known[s]) for s in self.joint.storage_of[i] if s in known and s not in fresh
+                )
+        return fresh
+
+    def lives(self) -> list[Life]:
+        """Every life, with what is kept alive to the end of the half."""
+        for i in self.kept:
+            for life in self.value.get(i, {}).values():
+                self.last[life] = self.end - 1
+        rows = zip(self.storage, self.first, self.last, strict=True)
+        return [(s, first, last) for s, first, last in rows if first < self.end]
+
+    def _open(self, storage: int, step: int) -> int:
+        self.storage.append(storage)
+        self.first.append(step)
+        self.last.append(step)
+        return len(self.storage) - 1
 
 
-def _fused_half(
-    joint: JointGraph, order: Sequence[int], start: int, held: set[int], kept: set[int]
-) -> list[Life]:
-    """(1) Find what must be in memory; (2) let every other pointwise value read through."""
-    written = _read_by_library_calls(joint, order) | kept  # (1)
-    readers = _count_readers(joint, order)
-    first = dict.fromkeys(held, start)
-    last = dict.fromkeys(held, start)
-    reads: dict[int, Collection[int]] = {}
-    loops: list[tuple[int, int]] = []
-    for step, i in enumerate(order, start):
+class _FusedHalf(_Half):
+    """The same, where pointwise values that only loops read are never written to memory."""
+
+    def __init__(
+        self,
+        joint: JointGraph,
+        order: Sequence[int],
+        *,
+        start: int,
+        held: Iterable[int],
+        kept: Iterable[int],
+    ) -> None:
+        kept = tuple(kept)
+        self.written = _read_by_library_calls(joint, order) | storages_of(joint, kept)
+        self.readers = _count_readers(joint, order)
+        self.reads: dict[int, set[int]] = {}
+        self.loops: list[tuple[int, int]] = []
+        super().__init__(joint, order, start=start, held=held, kept=kept)
+
+    def visit(self, step: int, i: int) -> None:
+        joint, kind = self.joint, self.joint.kind[i]
         sources: set[int] = set()
         for u in joint.inputs[i]:
-            sources.update(reads.get(u, joint.storage_of[u]))
-        kind = joint.kind[i]
-        if kind is OpKind.VIEW:
-            reads[i] = reads.get(joint.inputs[i][0], joint.storage_of[i])
-            continue
-        made = joint.allocates[i]
-        if kind is OpKind.POINTWISE and not written.intersection(made):
-            limit = _MAX_READS_SHARED if readers.get(i, 0) > 1 else _MAX_READS
-            if len(sources) <= limit:  # (2)
-                reads[i] = sources
-                continue
-        for s in made:
-            first[s] = last[s] = step
-        for s in sources:
-            last[s] = step
+            sources |= self.reads.get(u) or set(self.value.get(u, {}).values())
+        if kind is OpKind.VIEW and joint.inputs[i][0] in self.reads:
+            self.reads[i] = self.reads[joint.inputs[i][0]]
+            return
+        if kind is OpKind.POINTWISE and not self.written.intersection(joint.allocates[i]):
+            limit = _MAX_READS_SHARED if self.readers.get(i, 0) > 1 else _MAX_READS
+            if len(sources) <= limit:
+                self.reads[i] = sources
+                return
+        if kind is not OpKind.VIEW:
+            for life in sources:
+                self.last[life] = step
+        self.value[i] = self.made(step, i)
         if kind is OpKind.POINTWISE:
-            loops.append((step, i))
-    _reuse_in_place(joint, loops, first, last, kept)
-    return _close(first, last, kept, start + len(order))
+            self.loops += [(step, self.value[i][s]) for s in joint.allocates[i]]
 
+    def lives(self) -> list[Life]:
+        self._reuse_in_place()
+        return super().lives()
 
-def _reuse_in_place(
-    joint: JointGraph,
-    loops: list[tuple[int, int]],
-    first: dict[int, int],
-    last: dict[int, int],
-    kept: set[int],
-) -> None:
-    """A loop writes its result over an input of the same size that dies there."""
-    dying: dict[tuple[int, int], list[int]] = {}
-    for s, step in last.items():
-        if s not in kept and first.get(s, step) < step:
-            dying.setdefault((step, joint.storages[s].nbytes), []).append(s)
-    for step, i in loops:
-        for made in joint.allocates[i]:
-            if reusable := dying.get((step, joint.storages[made].nbytes)):
-                last[reusable.pop()] = step - 1
+    def _reuse_in_place(self) -> None:
+        """A loop writes its result over an input of the same size that dies there."""
+        storages = self.joint.storages
+        spared = {life for i in self.kept for life in self.value.get(i, {}).values()}
+        dying: dict[tuple[int, int], list[int]] = {}
+        for life, step in enumerate(self.last):
+            if life not in spared and self.first[life] < step:
+                nbytes = storages[self.storage[life]].nbytes
+                dying.setdefault((step, nbytes), []).append(life)
+        for step, made in self.loops:
+            if reusable := dying.get((step, storages[self.storage[made]].nbytes)):
+                self.last[reusable.pop()] = step - 1
 
 
 def _read_by_library_calls(joint: JointGraph, order: Sequence[int]) -> set[int]:
@@ -191,11 +256,6 @@ def _count_readers(joint: JointGraph, order: Sequence[int]) -> dict[int, int]:
         for u in joint.inputs[i]:
             readers[u] = readers.get(u, 0) + 1
     return readers
-
-
-def _close(first: dict[int, int], last: dict[int, int], kept: set[int], end: int) -> list[Life]:
-    """Extend what is kept to the end of the half, and list the lives."""
-    return [(s, f, end - 1 if s in kept else last[s]) for s, f in first.items() if f < end]
 
 
 def _timeline(liveness: Liveness, label: str) -> Timeline:

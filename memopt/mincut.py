@@ -44,6 +44,8 @@ def cheapest_saved_set(
     """
     n = len(inputs)
     relevant = _ancestors(inputs, needed)
+    if not relevant:
+        return frozenset()
     finite = [recompute_seconds[i] for i in relevant if recompute_seconds[i] != float("inf")]
     finite += [save_seconds[i] for i in relevant if save_seconds[i] != float("inf")]
     scale = _SCALE / max(sum(finite), 1e-30)

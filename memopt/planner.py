@@ -19,8 +19,12 @@ from memopt.problem import Candidate, Problem
 from memopt.regions import Tables, tabulate
 from memopt.solve import lowest_peak, solve_exact, solve_greedy
 
+# Bounds on the work, so that the plan does not depend on how fast the machine is. The clock is a
+# safety net for very large graphs only.
 _MAX_LEVELS = 24
-_MAX_TIGHTEN = 8
+_MAX_TIGHTEN = 6
+_MAX_SPENDS = 40
+_MAX_STARTS = 3
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,9 @@ class Search:
             if floor.peak_bytes > budget_bytes:
                 return None
             found = [floor]
-        best = min(found, key=lambda c: (c.seconds, c.peak_bytes))
-        return self._spend(best, budget_bytes)
+        found.sort(key=lambda c: (c.seconds, c.peak_bytes))
+        spent = [self._spend(start, budget_bytes) for start in found[:_MAX_STARTS]]
+        return min(spent, key=lambda c: (c.seconds, c.peak_bytes))
 
     def floor(self) -> Candidate:
         """The plan of least peak that the search can find."""
@@ -163,13 +168,14 @@ class Search:
             key=lambda i: (-problem.seconds[i] / problem.save_bytes[i], i),
         )
         batch = max(1, len(wanted) // 2)
-        at = 0
-        while at < len(wanted) and self._left() > 0:
+        at = spends = 0
+        while at < len(wanted) and spends < _MAX_SPENDS and self._left() > 0:
+            spends += 1
             trial = problem.evaluate(best.saved | set(wanted[at : at + batch]), best.origin)
             if trial.peak_bytes <= budget_bytes and trial.seconds < best.seconds:
                 best, at = trial, at + batch
             elif batch > 1:
-                batch //= 2
+                batch = (batch + 1) // 2
             else:
                 at += 1
         return best

@@ -1,7 +1,8 @@
 """Two ways to choose a level per region: greedy along the hull, and exactly with HiGHS.
 
-Both have one signature, ``(tables, budget_bytes, seconds) -> choice or None``, and both see the
-step through ``Tables``: what they return is evaluated exactly by the planner.
+Both are deterministic: HiGHS is bounded in nodes, and its clock is a safety net only. Both have
+one signature, ``(tables, budget_bytes, seconds) -> choice or None``, and see the step through
+``Tables``: what they return is evaluated exactly by the planner.
 """
 
 import numpy as np
@@ -17,33 +18,28 @@ Choice = list[int]
 def solve_greedy(tables: Tables, budget_bytes: float, seconds: float = 0.0) -> Choice | None:
     """Start from the lowest peak; take the best seconds per byte while the budget holds.
 
-    The starting point is the uniform level of least peak, with each region then moved to
-    whatever level relieves the binding phase most, until the budget holds.
+    The starting point is the uniform level of least peak.
     """
     regions, levels = tables.seconds.shape
     peaks = [tables.peak([level] * regions) for level in range(levels)]
     choice = [int(np.argmin(peaks))] * regions
     if tables.peak(choice) > budget_bytes:
         return None
+    rows = np.arange(regions)
     while True:
-        best, best_rate = None, 0.0
-        for r in range(regions - 1, -1, -1):
-            now = choice[r]
-            for level in range(levels):
-                gain = tables.seconds[r, now] - tables.seconds[r, level]
-                if gain <= 0:
-                    continue
-                extra = tables.saved_bytes[r, level] - tables.saved_bytes[r, now]
-                rate = gain / max(extra, 1.0)
-                if rate <= best_rate:
-                    continue
-                choice[r] = level
-                if tables.peak(choice) <= budget_bytes:
-                    best, best_rate = (r, level), rate
-                choice[r] = now
-        if best is None:
+        gain = tables.seconds[rows, choice][:, None] - tables.seconds
+        extra = tables.saved_bytes - tables.saved_bytes[rows, choice][:, None]
+        rate = np.where(gain > 0, gain / np.maximum(extra, 1.0), 0.0)
+        for flat in np.argsort(-rate, axis=None, kind="stable"):
+            r, level = divmod(int(flat), levels)
+            if rate[r, level] <= 0:
+                return choice
+            before, choice[r] = choice[r], level
+            if tables.peak(choice) <= budget_bytes:
+                break
+            choice[r] = before
+        else:
             return choice
-        choice[best[0]] = best[1]
 
 
 def solve_exact(tables: Tables, budget_bytes: float, seconds: float = 2.0) -> Choice | None:
@@ -92,7 +88,7 @@ def _milp(
         constraints=constraints,
         integrality=np.append(np.ones(size), 0),
         bounds=Bounds(0, np.append(np.ones(size), budget_bytes / unit)),
-        options={"time_limit": seconds, "mip_rel_gap": 0.005},
+        options={"time_limit": max(seconds, 0.1), "mip_rel_gap": 0.01, "node_limit": 400},
     )
     if result.x is None:
         return None

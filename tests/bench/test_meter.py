@@ -8,7 +8,7 @@ from bench.meter import Meter
 KIB = 1024
 
 
-def test_peak_and_end_are_exact_for_known_tensors():
+def test_peak_and_end_are_exact_for_known_tensors() -> None:
     with Meter() as meter:
         kept = torch.empty(64 * KIB, dtype=torch.uint8)
         passing = torch.empty(192 * KIB, dtype=torch.uint8)
@@ -20,7 +20,7 @@ def test_peak_and_end_are_exact_for_known_tensors():
     del kept, also_kept
 
 
-def test_bytes_are_counted_above_those_on_entry():
+def test_bytes_are_counted_above_those_on_entry() -> None:
     before = torch.empty(512 * KIB, dtype=torch.uint8)
     with Meter() as meter:
         after = torch.empty(128 * KIB, dtype=torch.uint8)
@@ -28,7 +28,7 @@ def test_bytes_are_counted_above_those_on_entry():
     del before, after
 
 
-def test_releases_of_what_was_there_before_are_not_counted():
+def test_releases_of_what_was_there_before_are_not_counted() -> None:
     with Meter():
         tensors = [torch.empty(512 * KIB, dtype=torch.uint8)]
     with Meter() as meter:
@@ -39,16 +39,16 @@ def test_releases_of_what_was_there_before_are_not_counted():
     assert meter.end_bytes == 128 * KIB
 
 
-def test_the_backward_is_counted_with_its_gradients():
+def test_the_backward_is_counted_with_its_gradients() -> None:
     weight = torch.nn.Parameter(torch.ones(256, 256))
     nbytes = weight.untyped_storage().nbytes()
     with Meter() as meter:
-        weight.sin().sum().backward()
+        weight.sin().sum().backward()  # type: ignore[no-untyped-call]
     assert meter.end_bytes == nbytes
     assert 2 * nbytes <= meter.peak_bytes < 4 * nbytes
 
 
-def test_an_exception_passes_through():
+def test_an_exception_passes_through() -> None:
     with pytest.raises(ZeroDivisionError), Meter() as meter:  # noqa: PT012
         torch.empty(KIB, dtype=torch.uint8)
         _ = 1 // 0
@@ -59,7 +59,7 @@ def test_an_exception_passes_through():
 
 
 @pytest.mark.gpu
-def test_cuda_reads_the_allocator():
+def test_cuda_reads_the_allocator() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     with Meter("cuda") as meter:

@@ -7,7 +7,7 @@ TINY = [name for name, model in MODELS.items() if "tiny" in model.sizes]
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_step_gives_a_finite_loss_and_every_gradient(name):
+def test_a_step_gives_a_finite_loss_and_every_gradient(name: str) -> None:
     module, inputs = MODELS[name].make()
     assert step(module, inputs).isfinite()
     without = [key for key, p in module.named_parameters() if p.grad is None]
@@ -15,8 +15,8 @@ def test_a_step_gives_a_finite_loss_and_every_gradient(name):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_equal_seeds_give_equal_losses(name):
-    def loss():
+def test_equal_seeds_give_equal_losses(name: str) -> None:
+    def loss() -> torch.Tensor:
         module, inputs = MODELS[name].make(seed=3)
         torch.manual_seed(0)
         return step(module, inputs)
@@ -25,7 +25,7 @@ def test_equal_seeds_give_equal_losses(name):
 
 
 @pytest.mark.parametrize("name", [n for n in TINY if "float32_only" not in MODELS[n].tags])
-def test_float64_starts_from_the_same_model(name):
+def test_float64_starts_from_the_same_model(name: str) -> None:
     losses = []
     for dtype in (torch.float32, torch.float64):
         torch.manual_seed(0)
@@ -37,7 +37,7 @@ def test_float64_starts_from_the_same_model(name):
 
 
 @pytest.mark.parametrize("name", [n for n in TINY if "checkpoint" in MODELS[n].tags])
-def test_checkpoints_change_no_gradient(name):
+def test_checkpoints_change_no_gradient(name: str) -> None:
     gradients = []
     for checkpointed in (False, True):
         module, inputs = MODELS[name].make()
@@ -49,18 +49,18 @@ def test_checkpoints_change_no_gradient(name):
     torch.testing.assert_close(*gradients)
 
 
-def test_a_model_without_blocks_says_so():
+def test_a_model_without_blocks_says_so() -> None:
     module, _ = MODELS["in_place"].make()
     with pytest.raises(ValueError, match="InPlace has no blocks"):
         checkpoint_blocks(module)
 
 
-def test_loss_only_returns_the_loss():
+def test_loss_only_returns_the_loss() -> None:
     module, inputs = MODELS["llama"].make()
     assert LossOnly(module)(**inputs) == module(**inputs).loss
 
 
-def test_table_a_and_b_have_the_parameters_of_their_tables():
+def test_table_a_and_b_have_the_parameters_of_their_tables() -> None:
     mib = {
         name: sum(p.numel() * 4 for p in MODELS[name].sizes["bench"].build().parameters()) / 2**20
         for name in ("llama_a", "llama_b")

@@ -1,0 +1,72 @@
+"""What earlier graphs hold: from their forward to their backward, and not a moment longer."""
+
+from typing import Any
+
+import torch
+
+from memopt.ledger import Ledger
+
+
+class Scale(torch.autograd.Function):
+    """Saves its input, as a compiled forward does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return 2 * ctx.saved_tensors[0] * gradients[0]
+
+
+def scale(x: torch.Tensor) -> list[torch.Tensor]:
+    return [Scale.apply(x)]  # type: ignore[no-untyped-call]
+
+
+def leaf() -> torch.Tensor:
+    return torch.ones(3, requires_grad=True)
+
+
+def test_a_forward_holds_its_bytes_until_its_backward_ran() -> None:
+    ledger = Ledger()
+    run = ledger.tracked(scale, 100)
+    assert ledger.held_bytes() == 0
+    (y,) = run(leaf())
+    assert ledger.held_bytes() == 100
+    y.sum().backward()  # type: ignore[no-untyped-call]
+    assert ledger.held_bytes() == 0
+
+
+def test_forwards_in_flight_add_up() -> None:
+    ledger = Ledger()
+    first, second = ledger.tracked(scale, 100), ledger.tracked(scale, 30)
+    (x,), (y,) = first(leaf()), second(leaf())
+    assert ledger.held_bytes() == 130
+    x.sum().backward()
+    assert ledger.held_bytes() == 30
+    y.sum().backward()
+    assert ledger.held_bytes() == 0
+
+
+def test_an_abandoned_forward_is_forgotten() -> None:
+    ledger = Ledger()
+    result = ledger.tracked(scale, 100)(leaf())
+    assert ledger.held_bytes() == 100
+    del result
+    assert ledger.held_bytes() == 0
+
+
+def test_a_retained_graph_still_holds_its_bytes() -> None:
+    ledger = Ledger()
+    (y,) = ledger.tracked(scale, 100)(leaf())
+    y.sum().backward(retain_graph=True)
+    assert ledger.held_bytes() == 100
+
+
+def test_without_gradients_nothing_is_held() -> None:
+    ledger = Ledger()
+    with torch.no_grad():
+        result = ledger.tracked(scale, 100)(leaf())
+    assert len(result) == 1
+    assert ledger.held_bytes() == 0
