@@ -31,6 +31,7 @@ from torch._functorch.compile_utils import fx_graph_cse, raise_getitems
 from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
+from torch._inductor.choices import InductorChoices
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import (
     CustomGraphPass,
@@ -39,6 +40,7 @@ from torch._inductor.custom_graph_pass import (
 )
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V as inductor_handlers
 from torch._logging._internal import trace_structured
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -51,6 +53,7 @@ __all__ = [
     "CustomPartitionerFn",
     "FakeTensor",
     "FakeTensorMode",
+    "InductorChoices",
     "NodeInfo",
     "OpOverload",
     "TorchDispatchMode",
@@ -74,8 +77,10 @@ __all__ = [
     "has_recomputable_ops",
     "has_recomputable_rng_ops",
     "inductor_config",
+    "inductor_handlers",
     "is_sym_node",
     "list_mode_options",
+    "mutated_inputs",
     "pytree",
     "raise_getitems",
     "select_decomp_table",
@@ -102,6 +107,15 @@ def capture_output_code(sink: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         GraphLowering.save_output_code = before
+
+
+def mutated_inputs() -> frozenset[int]:
+    """Positions of the inputs of the graph being compiled whose data the forward changes."""
+    context = TracingContext.try_get()
+    metadata = context.fw_metadata if context is not None else None
+    if metadata is None:
+        return frozenset()
+    return frozenset(i for i, info in enumerate(metadata.input_info) if info.mutates_data)
 
 
 def size_hint(value: Any) -> int:

@@ -111,12 +111,16 @@ def is_random(node: fx.Node) -> bool:
     return True
 
 
+READ_ONCE = "memopt_read_once"
+"""Set in ``node.meta`` where what the node reads has another value when the backward runs."""
+
+
 def is_recomputable(node: fx.Node) -> bool:
     """Whether running the node a second time is certain to give the same value.
 
     Random, mutating, collective, effectful and opaque custom operators are not.
     """
-    if node.op != "call_function":
+    if node.op != "call_function" or READ_ONCE in node.meta:
         return False
     if not isinstance(node.target, OpOverload):
         return node.target is operator.getitem or is_sym_node(node)

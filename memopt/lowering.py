@@ -12,10 +12,16 @@ from memopt._torch import (
     capture_output_code,
     compile_fx,
     functorch_config,
+    inductor_handlers,
 )
+from memopt.fusion import NearbyFusion
 from memopt.splitting import Splitter
 
 Compiled = Callable[..., Any]
+
+# Reusing a dead buffer for a later one of the same size keeps it allocated in between: across the
+# layers of a backward that holds a layer's largest buffers while nothing needs them.
+_HOLD_NOTHING_BACK = {"allow_buffer_reuse": False}
 
 
 class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
@@ -65,6 +71,10 @@ def lower_with_inductor(
         trust_cache: whether a cached result may skip planning.
     """
     with contextlib.ExitStack() as stack:
+        bounded = split.config.memory_budget.kind != "none"
+        if bounded:
+            stack.enter_context(inductor_handlers.set_choices_handler(NearbyFusion()))
+            patches = {**_HOLD_NOTHING_BACK, **patches}
         if sink is not None:
             stack.enter_context(functorch_config.patch(force_non_lazy_backward_lowering=True))
             stack.enter_context(capture_output_code(sink))

@@ -10,6 +10,7 @@ from typing import Any
 from memopt.errors import MissingExtraError
 from memopt.record import DecisionRow, GraphRecord
 from memopt.timeline import Timeline
+from memopt.units import format_bytes
 
 _PLACEHOLDER = "{{report}}"
 _MOST_PANELS = 6

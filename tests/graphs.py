@@ -65,11 +65,19 @@ class Program:
 
     def __call__(self, *matrices: Tensor) -> tuple[Tensor, ...]:
         values = list(matrices)
-        for name, left, right in self.steps:
+        live = self.live
+        for position, (name, left, right) in enumerate(self.steps, len(matrices)):
             operator = OPERATORS.get(name) or RANDOM[name]
-            values.append(operator(values[left], values[right]))
+            computed = position in live
+            values.append(operator(values[left], values[right]) if computed else values[0])
         last = values[-self.outputs :]
         return (torch.stack([(v * v).sum() for v in last]).sum(),) if self.is_loss else tuple(last)
+
+    @property
+    def live(self) -> set[int]:
+        """Values that the result is made of; a compiler need not draw numbers for the others."""
+        reads = [*([()] * self.inputs), *((left, right) for _, left, right in self.steps)]
+        return ancestors(reads, range(len(reads) - self.outputs, len(reads)))
 
     def arguments(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
         """Leaves to differentiate by."""
@@ -197,3 +205,26 @@ def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tenso
             materialize_grads=True,
         )
     )
+
+
+Result = tuple[Sequence[Tensor], Sequence[Tensor]]
+
+
+def seeded(function: Callable[..., Sequence[Tensor]], arguments: Sequence[Tensor]) -> Result:
+    """Outputs and gradients, with a seed of their own."""
+    torch.manual_seed(11)
+    outputs = function(*arguments)
+    return outputs, gradients(outputs, [a for a in arguments if a.requires_grad])
+
+
+def assert_same(actual: Result, expected: Result) -> None:
+    """Equal but for the order in which float64 sums were added up."""
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert len(mine) == len(theirs)
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def square(requires_grad: bool = True) -> Tensor:
+    """A small matrix in float64."""
+    return torch.randn(8, 8, dtype=torch.float64, requires_grad=requires_grad)

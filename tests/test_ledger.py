@@ -34,7 +34,7 @@ def test_a_forward_holds_its_bytes_until_its_backward_ran() -> None:
     assert ledger.held_bytes() == 0
     (y,) = run(leaf())
     assert ledger.held_bytes() == 100
-    y.sum().backward()  # type: ignore[no-untyped-call]
+    y.sum().backward()
     assert ledger.held_bytes() == 0
 
 

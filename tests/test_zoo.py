@@ -1,0 +1,85 @@
+"""Every model of the zoo under several budgets: eager's numbers, and the peak that was promised.
+
+Runs the planned graphs as they are (``lowering="eager"``), where the model of memory is exact.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import memopt
+from bench.meter import Meter
+from bench.zoo import MODELS, loss_of
+from memopt.report import Report
+
+BUDGETS = (None, 0.75, "min")
+TINY = sorted(name for name, model in MODELS.items() if "tiny" in model.sizes)
+ONE_MIB = 2**20
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def train_step(step: Any, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """One step from the same random state; the outputs stay alive to its end."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(3)
+    outputs = step(**inputs)
+    loss = loss_of(outputs)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
+
+
+def assert_close_to_reference(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], relative: float
+) -> None:
+    """Gradients agree, each against its own scale or a thousandth of the largest one's."""
+    assert actual.keys() == expected.keys()
+    largest = max(float(g.abs().max()) for g in expected.values())
+    for name, reference in expected.items():
+        scale = max(float(reference.abs().max()), largest / 1000)
+        error = float((actual[name] - reference).abs().max())
+        assert error <= relative * scale, f"{name}: {error / scale:.1e}"
+
+
+def explain_or_skip(
+    model: nn.Module, inputs: dict[str, Tensor], options: dict[str, Any]
+) -> Report:
+    """The report, or a skip where even the floor is over this fraction of the baseline."""
+    try:
+        return memopt.explain(model, options=options, **inputs)
+    except memopt.BudgetInfeasibleError as error:
+        assert error.floor_bytes > error.budget_bytes
+        pytest.skip(f"floor {error.floor_bytes} is above the budget {error.budget_bytes}")
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("name", TINY)
+def test_gradients_are_eagers_and_the_peak_is_the_promised_one(name: str, budget: Any) -> None:
+    entry = MODELS[name]
+    double = "float32_only" not in entry.tags
+    model, inputs = entry.make("tiny", dtype=torch.float64 if double else torch.float32)
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+    loss = train_step(model, model, inputs)
+    expected = gradients(model)
+    options = {"memory_budget": budget, "lowering": "eager", "strict": True}
+    model.load_state_dict(start)
+    report = explain_or_skip(model, inputs, options)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="memopt", options=options)
+    train_step(compiled, model, inputs)
+    model.load_state_dict(start)
+    with Meter("cpu") as meter:
+        actual_loss = train_step(compiled, model, inputs)
+    relative = 1e-12 if double else 1e-5
+    assert abs(float(actual_loss - loss)) <= relative * max(abs(float(loss)), 1.0)
+    assert_close_to_reference(gradients(model), expected, relative)
+    if len(report.graphs) == 1:
+        (graph,) = report.graphs
+        tolerance = max(meter.peak_bytes // 100, 4096)
+        assert abs(graph.predicted_peak_bytes - meter.peak_bytes) <= tolerance
+        if graph.budget_bytes is not None:
+            assert meter.peak_bytes <= graph.budget_bytes
