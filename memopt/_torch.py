@@ -9,8 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._decomp import get_decompositions
 from torch._dynamo.backends.common import aot_autograd
+from torch import fx
 from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd.descriptors import InputMutationAOTOutput
 from torch._functorch.partitioners import (
     NodeInfo,
     _extract_fwd_bwd_modules,
@@ -28,7 +31,6 @@ from torch._functorch.partitioners import (
     thread_graphsafe_rng_from_hops,
 )
 from torch._functorch.compile_utils import fx_graph_cse, raise_getitems
-from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.choices import InductorChoices
@@ -57,7 +59,6 @@ __all__ = [
     "NodeInfo",
     "OpOverload",
     "TorchDispatchMode",
-    "TracingContext",
     "aot_autograd",
     "capture_output_code",
     "choose_saved_values_set",
@@ -73,6 +74,7 @@ __all__ = [
     "functionalize_rng_ops",
     "functorch_config",
     "fx_graph_cse",
+    "get_decompositions",
     "get_hash_for_files",
     "has_recomputable_ops",
     "has_recomputable_rng_ops",
@@ -109,13 +111,14 @@ def capture_output_code(sink: Callable[[str], None]) -> Iterator[None]:
         GraphLowering.save_output_code = before
 
 
-def mutated_inputs() -> frozenset[int]:
-    """Positions of the inputs of the graph being compiled whose data the forward changes."""
-    context = TracingContext.try_get()
-    metadata = context.fw_metadata if context is not None else None
-    if metadata is None:
-        return frozenset()
-    return frozenset(i for i, info in enumerate(metadata.input_info) if info.mutates_data)
+def mutated_inputs(joint: fx.Graph) -> list[fx.Node]:
+    """Inputs whose data the forward changes after the graph has run, from AOTAutograd's notes."""
+    (output,) = joint.find_nodes(op="output")
+    descriptions = pytree.tree_leaves(
+        output.meta.get("desc", ()), is_leaf=lambda d: isinstance(d, InputMutationAOTOutput)
+    )
+    changed = {d.mutated_input for d in descriptions if isinstance(d, InputMutationAOTOutput)}
+    return [n for n in joint.find_nodes(op="placeholder") if n.meta.get("desc") in changed]
 
 
 def size_hint(value: Any) -> int:

@@ -12,9 +12,11 @@ from memopt._torch import (
     capture_output_code,
     compile_fx,
     functorch_config,
+    get_decompositions,
     inductor_handlers,
 )
 from memopt.fusion import NearbyFusion
+from memopt.graph import aten
 from memopt.splitting import Splitter
 
 Compiled = Callable[..., Any]
@@ -88,8 +90,17 @@ def lower_with_inductor(
 
 
 def lower_eagerly(gm: fx.GraphModule, inputs: Sequence[Any], split: Splitter) -> Compiled:
-    """Interpret both halves node by node, each value freed after its last use."""
-    compiler = aot_autograd(fw_compiler=_interpret, bw_compiler=_interpret, partition_fn=split)
+    """Interpret both halves node by node, each value freed after its last use.
+
+    Eager's kernels are kept, but for ``mse_loss``: on the CPU its scalar result keeps a buffer of
+    the inputs' size alive.
+    """
+    compiler = aot_autograd(
+        fw_compiler=_interpret,
+        bw_compiler=_interpret,
+        partition_fn=split,
+        decompositions=get_decompositions([aten.mse_loss]),
+    )
     compiled: Compiled = compiler(gm, inputs)
     return compiled
 

@@ -27,6 +27,9 @@ def partition(
         PartitionError: the halves do not fit together: a bug in memopt.
     """
     joint = schedule.joint
+    if again := [i for i in schedule.recomputed if not joint.recomputable[i]]:
+        names = [joint.nodes[i].name for i in again[:5]]
+        raise PartitionError(f"bug in memopt: {names} may not run twice, and the plan does so")
     chosen = [joint.nodes[i] for i in sorted(schedule.saved)]
     crossing = [*info.inputs, *(n for n in chosen if n.op != "placeholder")]
     symbols = [n for n in crossing if is_sym_node(n)]

@@ -72,7 +72,7 @@ class Search:
         if fastest is None:
             self.fastest = problem.evaluate(problem.cut(lambda i: 0.0), "fastest")
         else:
-            self.fastest = problem.evaluate(problem.repair(fastest), "fastest")
+            self.fastest = problem.evaluate(fastest, "fastest")
         self._tables: Tables | None = None
 
     def plan(self, budget_bytes: int | None) -> Candidate | None:

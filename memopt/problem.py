@@ -9,7 +9,7 @@ from memopt.graph import OpKind, tensors
 from memopt.joint import JointGraph
 from memopt.liveness import Liveness, analyse, storages_of
 from memopt.mincut import cheapest_saved_set
-from memopt.schedule import Schedule, make_schedule
+from memopt.schedule import make_schedule
 from memopt._torch import is_sym_node
 
 INFINITE = float("inf")
@@ -43,7 +43,6 @@ class Problem:
     Attributes:
         joint: the graph.
         cost: seconds and scratch bytes of each node.
-        round_bytes: rounds a storage's size up as the allocator does.
     """
 
     joint: JointGraph
@@ -106,8 +105,13 @@ class Problem:
         return sum(s for s, on in zip(self.seconds, self.joint.required_forward, strict=True) if on)
 
     def evaluate(self, saved: Iterable[int], origin: str) -> Candidate:
-        """Schedule the two halves for a saved set, and measure it exactly under the model."""
+        """Schedule the two halves for a saved set, and measure it exactly under the model.
+
+        What may not run twice, such as a random draw, is added to the set where it is missing.
+        """
         schedule = make_schedule(self.joint, saved)
+        if any(self.recompute_price[i] == INFINITE for i in schedule.recomputed):
+            schedule = make_schedule(self.joint, self._repaired(schedule.saved))
         liveness = analyse(schedule, self.workspace, fused=self.cost.fused)
         recompute = sum(self.seconds[i] for i in schedule.recomputed)
         traffic = self.cost.traffic_seconds(liveness.saved_bytes)
@@ -138,18 +142,11 @@ class Problem:
         kept = frozenset(i for i in chosen if self.joint.kind[i] is not OpKind.INPUT)
         return self.evaluate(kept, "everything kept")
 
-    def repair(self, saved: Iterable[int]) -> frozenset[int]:
-        """Add to a saved set what must not be recomputed, such as random draws."""
+    def _repaired(self, saved: Iterable[int]) -> frozenset[int]:
+        """The set with the fewest bytes added that leaves nothing forbidden to recompute."""
         chosen = {i for i in saved if self.joint.kind[i] is not OpKind.INPUT}
-        price = self.recompute_price
-        save = [
-            0.0 if i in chosen or self.save_bytes[i] == 0.0 else b
-            for i, b in enumerate(self.save_bytes)
-        ]
-        illegal = [i for i in make_schedule(self.joint, chosen).recomputed if price[i] == INFINITE]
-        if not illegal:
-            return frozenset(chosen)
-        free = [0.0 if p != INFINITE else INFINITE for p in price]
+        save = [0.0 if i in chosen else b for i, b in enumerate(self.save_bytes)]
+        free = [p if p == INFINITE else 0.0 for p in self.recompute_price]
         extra = cheapest_saved_set(self.joint.inputs, self.needed, save, free)
         return frozenset(chosen | {i for i in extra if self.joint.kind[i] is not OpKind.INPUT})
 
@@ -161,7 +158,3 @@ class Problem:
     def _pinned(self, i: int) -> bool:
         return not self.joint.recomputable[i] and self.joint.kind[i] is not OpKind.VIEW
 
-
-def schedule_of(candidate: Candidate) -> Schedule:
-    """The schedule behind a candidate."""
-    return candidate.liveness.schedule

@@ -238,7 +238,7 @@ def _replay(problem: Problem, path: str) -> Candidate:
             f"the model, its input shapes or torch changed; plan again"
         )
     by_name = {node.name: i for i, node in enumerate(joint.nodes)}
-    saved = problem.repair(by_name[name] for name in plan.saved if name in by_name)
+    saved = [by_name[name] for name in plan.saved if name in by_name]
     return problem.evaluate(saved, f"replayed from {path}")
 
 

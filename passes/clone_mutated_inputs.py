@@ -51,13 +51,9 @@ class CloneMutatedInputs:
 
 def _overwritten_inputs(graph: fx.Graph) -> list[fx.Node]:
     """Inputs that the forward writes to: in the graph, or right after it by AOTAutograd."""
-    positions = mutated_inputs()
-    primals = [n for n in graph.find_nodes(op="placeholder") if str(n.target).startswith("primals")]
     copies = graph.find_nodes(op="call_function", target=aten.copy_.default)
-    written = {n.args[0] for n in copies}
-    return [
-        n for i, n in enumerate(primals) if (i in positions or n in written) and "val" in n.meta
-    ]
+    written = [n.args[0] for n in copies if getattr(n.args[0], "op", "") == "placeholder"]
+    return [n for n in dict.fromkeys([*mutated_inputs(graph), *written]) if "val" in n.meta]
 
 
 def _needed_by_backward(graph: fx.Graph) -> set[fx.Node]:

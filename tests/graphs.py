@@ -6,7 +6,7 @@ and a failure prints what to run. Every operator has a known amount of scratch: 
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -56,28 +56,29 @@ class Program:
         outputs: how many of the last values the function returns.
         inputs: how many matrices it takes.
         is_loss: whether it returns one number, as training has it, made of those values.
+        live: the steps that the result is made of. Only these run: eager draws numbers for the
+            others too, and a compiler need not.
     """
 
     steps: tuple[tuple[str, int, int], ...]
     outputs: int = 1
     inputs: int = 2
     is_loss: bool = False
+    live: tuple[bool, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        reads = [*([()] * self.inputs), *((left, right) for _, left, right in self.steps)]
+        used = ancestors(reads, range(len(reads) - self.outputs, len(reads)))
+        live = tuple(position in used for position in range(self.inputs, len(reads)))
+        object.__setattr__(self, "live", live)
 
     def __call__(self, *matrices: Tensor) -> tuple[Tensor, ...]:
         values = list(matrices)
-        live = self.live
-        for position, (name, left, right) in enumerate(self.steps, len(matrices)):
+        for (name, left, right), live in zip(self.steps, self.live, strict=True):
             operator = OPERATORS.get(name) or RANDOM[name]
-            computed = position in live
-            values.append(operator(values[left], values[right]) if computed else values[0])
+            values.append(operator(values[left], values[right]) if live else values[0])
         last = values[-self.outputs :]
         return (torch.stack([(v * v).sum() for v in last]).sum(),) if self.is_loss else tuple(last)
-
-    @property
-    def live(self) -> set[int]:
-        """Values that the result is made of; a compiler need not draw numbers for the others."""
-        reads = [*([()] * self.inputs), *((left, right) for _, left, right in self.steps)]
-        return ancestors(reads, range(len(reads) - self.outputs, len(reads)))
 
     def arguments(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
         """Leaves to differentiate by."""
@@ -127,7 +128,9 @@ class Captured:
     splits: list[Splitter]
 
     def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
+        result = self.function(*args)
+        assert self.splits, "Dynamo compiled nothing, and ran the function as it is"
+        return result
 
     @property
     def outcome(self) -> Outcome:
