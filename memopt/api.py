@@ -58,8 +58,7 @@ def _optimize_class(cls: type, arguments: dict[str, Any]) -> type:
 
     def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         plain_init(self, *args, **kwargs)
-        if type(self) is cls:
-            self.compile(**arguments)
+        self.compile(**arguments)
 
     __init__.__doc__ = plain_init.__doc__
     cls.__init__ = __init__  # type: ignore[misc]

@@ -79,6 +79,9 @@ def _next_action(holders: "list[LiveRange] | tuple[LiveRange, ...] | object", fl
     if not ordered:
         return raise_it
     largest = ordered[0]
+    if largest.role == "tangent":  # the gradient of an output has the output's size
+        twins = [h for h in ordered if h.role == "output" and h.nbytes == largest.nbytes]
+        largest = twins[0] if twins else largest
     advice = {
         "output": f"do not return {largest.name}, or drop it before the backward",
         "gradient": "freeze parameters, or accumulate their gradients in a smaller dtype",

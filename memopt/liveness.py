@@ -195,7 +195,7 @@ class _FusedHalf(_Half):
         kept: Iterable[int],
     ) -> None:
         kept = tuple(kept)
-        self.written = _read_by_library_calls(joint, order) | storages_of(joint, kept)
+        self.written = read_by_library_calls(joint, order) | storages_of(joint, kept)
         self.readers = _count_readers(joint, order)
         self.reads: dict[int, set[int]] = {}
         self.loops: list[tuple[int, int]] = []
@@ -239,7 +239,7 @@ class _FusedHalf(_Half):
                 self.last[reusable.pop()] = step - 1
 
 
-def _read_by_library_calls(joint: JointGraph, order: Sequence[int]) -> set[int]:
+def read_by_library_calls(joint: JointGraph, order: Iterable[int]) -> set[int]:
     """Storages that something other than a loop reads."""
     return {
         s
@@ -265,6 +265,7 @@ def _timeline(liveness: Liveness, label: str) -> Timeline:
     outputs = storages_of(joint, joint.forward_outputs)
     gradients = storages_of(joint, joint.backward_outputs)
     saved = storages_of(joint, schedule.saved)
+    tangents = storages_of(joint, joint.tangents)
     born: dict[int, Life] = {}
     ranges: list[LiveRange] = []
     for s, first, last in sorted(liveness.lives, key=lambda life: life[1]):
@@ -278,6 +279,8 @@ def _timeline(liveness: Liveness, label: str) -> Timeline:
         role = (
             "output"
             if s in outputs
+            else "tangent"
+            if s in tangents
             else "gradient"
             if s in gradients
             else "saved"

@@ -22,6 +22,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 _INFINITE = 2**30
+_FORBIDDEN = _INFINITE - 1  # so that a needed node whose both prices are infinite stays reachable
 _SCALE = 2**29
 
 
@@ -62,8 +63,8 @@ def cheapest_saved_set(
 def _capacity(seconds: float, scale: float) -> int:
     """Seconds as an integer capacity; a positive price never rounds to free."""
     if seconds == float("inf"):
-        return _INFINITE
-    return min(int(seconds * scale) + (seconds > 0), _INFINITE - 1)
+        return _FORBIDDEN
+    return min(int(seconds * scale) + (seconds > 0), _FORBIDDEN - 1)
 
 
 def _source_side(edges: list[tuple[int, int, int]], size: int, source: int, sink: int) -> set[int]:

@@ -60,7 +60,7 @@ class Plan:
         try:
             return cls(
                 fingerprint=str(body["fingerprint"]),
-                saved=tuple(str(name) for name in body["saved"]),
+                saved=_names(body["saved"]),
                 peak_bytes=int(body["peak_bytes"]),
                 seconds=float(body["seconds"]),
                 budget_bytes=None if body["budget_bytes"] is None else int(body["budget_bytes"]),
@@ -68,6 +68,12 @@ class Plan:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"the plan's field is missing or malformed: {error}") from error
+
+
+def _names(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise TypeError(f"'saved' is {value!r}, a list of names is expected")
+    return tuple(value)
 
 
 def fingerprint(lines: list[str]) -> str:

@@ -25,6 +25,7 @@ _MAX_LEVELS = 24
 _MAX_TIGHTEN = 6
 _MAX_SPENDS = 40
 _MAX_STARTS = 3
+_MAX_DESCENT = 60
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,50 @@ class Search:
         if choice is not None:
             found.append(self.problem.evaluate(tables.mix(choice), "lowest peak"))
         low = min(found, key=lambda c: (c.peak_bytes, c.seconds))
+        low = self._descend(low)
         for _ in range(_MAX_TIGHTEN):
             lower = next(iter(self._mixed(low.peak_bytes - 1)), None)
             if lower is None or lower.peak_bytes >= low.peak_bytes:
                 break
             low = lower
         return low
+
+    def _descend(self, start: Candidate) -> Candidate:
+        """Local search on the peak: save one more, one less, or one instead of another."""
+        problem, best, trials = self.problem, start, 0
+        improved = True
+        while improved and trials < _MAX_DESCENT and self._left() > 0:
+            improved = False
+            for move in self._moves(best):
+                trials += 1
+                trial = problem.evaluate(best.saved ^ move, "descent")
+                if trial.peak_bytes < best.peak_bytes:
+                    best, improved = trial, True
+                    break
+                if trials >= _MAX_DESCENT or self._left() <= 0:
+                    break
+        return best
+
+    def _moves(self, candidate: Candidate) -> Iterator[frozenset[int]]:
+        """Changes to a saved set that touch what is alive at its peak, largest first."""
+        problem = self.problem
+        joint, liveness = problem.joint, candidate.liveness
+        live = liveness.live_bytes
+        peak = live.index(max(live)) if live else 0
+        alive = {s for s, first, last in liveness.lives if first <= peak <= last}
+        drop = [
+            i for i in candidate.saved if not alive.isdisjoint(joint.storage_of[i])
+        ]
+        savable = [
+            i
+            for i, nbytes in enumerate(problem.save_bytes)
+            if 0 < nbytes < float("inf") and i not in candidate.saved
+        ]
+        drop.sort(key=lambda i: (-problem.save_bytes[i], i))
+        savable.sort(key=lambda i: (problem.save_bytes[i], i))
+        yield from (frozenset((i,)) for i in drop)
+        yield from (frozenset((i,)) for i in savable)
+        yield from (frozenset((i, j)) for i in drop for j in savable)
 
     @property
     def tables(self) -> Tables:

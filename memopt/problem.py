@@ -7,7 +7,7 @@ from functools import cached_property
 from memopt.cost import CostModel
 from memopt.graph import OpKind, tensors
 from memopt.joint import JointGraph
-from memopt.liveness import Liveness, analyse, storages_of
+from memopt.liveness import Liveness, analyse, read_by_library_calls, storages_of
 from memopt.mincut import cheapest_saved_set
 from memopt.schedule import make_schedule
 from memopt._torch import is_sym_node
@@ -50,8 +50,18 @@ class Problem:
 
     @cached_property
     def seconds(self) -> list[float]:
-        """Time to run each node once."""
-        return [self.cost.seconds(node) for node in self.joint.nodes]
+        """Time to run each node once.
+
+        Where loops fuse, only a loop whose result a library call reads touches memory for it.
+        """
+        seconds = [self.cost.seconds(node) for node in self.joint.nodes]
+        if self.cost.fused:
+            joint = self.joint
+            for s in read_by_library_calls(joint, range(len(joint))):
+                owner = joint.storages[s].owner
+                if joint.kind[owner] is OpKind.POINTWISE:
+                    seconds[owner] += self.cost.traffic_seconds(joint.storages[s].nbytes)
+        return seconds
 
     @cached_property
     def workspace(self) -> list[int]:
@@ -60,10 +70,18 @@ class Problem:
 
     @cached_property
     def recompute_price(self) -> list[float]:
-        """Seconds to recompute each node; infinite where that could change its value."""
+        """Seconds that running each node in the backward adds.
+
+        Infinite where a second run could give another value; nothing for what only the backward
+        needs, since that runs once wherever it runs.
+        """
         joint = self.joint
         return [
-            self.seconds[i] if joint.recomputable[i] and not self._pinned(i) else INFINITE
+            INFINITE
+            if self._pinned(i) or not joint.recomputable[i]
+            else self.seconds[i]
+            if joint.required_forward[i]
+            else 0.0
             for i in range(len(joint))
         ]
 
@@ -136,9 +154,8 @@ class Problem:
 
     def keep_everything(self) -> Candidate:
         """Save every value that the backward reads: nothing but views runs twice."""
-        always = [INFINITE if t > 0 or self._pinned(i) else 0.0 for i, t in enumerate(self.seconds)]
-        save = [0.0 if b != INFINITE else INFINITE for b in self.save_bytes]
-        chosen = cheapest_saved_set(self.joint.inputs, self.needed, save, always)
+        always = [INFINITE if price > 0 else 0.0 for price in self.recompute_price]
+        chosen = cheapest_saved_set(self.joint.inputs, self.needed, self.save_bytes, always)
         kept = frozenset(i for i in chosen if self.joint.kind[i] is not OpKind.INPUT)
         return self.evaluate(kept, "everything kept")
 

@@ -238,7 +238,12 @@ def _replay(problem: Problem, path: str) -> Candidate:
             f"the model, its input shapes or torch changed; plan again"
         )
     by_name = {node.name: i for i, node in enumerate(joint.nodes)}
-    saved = [by_name[name] for name in plan.saved if name in by_name]
+    if strangers := [name for name in plan.saved if name not in by_name]:
+        raise PlanError(
+            f"the plan {path!r} saves {strangers[:5]}, which the graph does not have: it was "
+            f"edited; plan again"
+        )
+    saved = [by_name[name] for name in plan.saved]
     return problem.evaluate(saved, f"replayed from {path}")
 
 

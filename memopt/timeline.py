@@ -15,8 +15,8 @@ class LiveRange:
         first: index of the step that allocates it.
         last: index of the last step that needs it.
         source: the user's ``file:line`` that made it, or ``""``.
-        role: ``"saved"``, ``"output"``, ``"gradient"``, ``"recomputed"``, ``"workspace"`` or
-            ``"temporary"``.
+        role: ``"saved"``, ``"output"``, ``"tangent"``, ``"gradient"``, ``"recomputed"``,
+            ``"workspace"`` or ``"temporary"``.
     """
 
     name: str

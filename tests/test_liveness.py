@@ -62,7 +62,7 @@ def bytes_of(joint: JointGraph, nodes: set[int]) -> int:
 
 def legal_saved_set(problem: Problem, data: st.DataObject) -> frozenset[int]:
     wanted = data.draw(st.sets(st.sampled_from(savable(problem) or [-1]))) - {-1}
-    return problem.repair(wanted)
+    return problem.evaluate(wanted, "random").saved
 
 
 def unfused(schedule: Schedule) -> Liveness:

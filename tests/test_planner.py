@@ -132,14 +132,14 @@ def test_keeping_everything_keeps_only_what_the_forward_makes_anyway(every: Exha
 
 @settings(max_examples=12)
 @given(programs(names=(*OPERATORS, *RANDOM), is_loss=True), st.data())
-def test_repair_makes_any_saved_set_legal_and_takes_nothing_away(
+def test_any_saved_set_is_made_legal_and_nothing_is_taken_from_it(
     program: Program, data: st.DataObject
 ) -> None:
     problem = problem_of(program, *program.arguments())
     wanted = data.draw(st.sets(st.sampled_from(savable(problem) or [0])))
-    repaired = problem.repair(wanted)
-    assert is_legal(problem.evaluate(repaired, "repaired").liveness.schedule, problem)
-    assert {i for i in wanted if problem.joint.nodes[i].op != "placeholder"} <= repaired
+    candidate = problem.evaluate(wanted, "random")
+    assert is_legal(candidate.liveness.schedule, problem)
+    assert {i for i in wanted if problem.joint.nodes[i].op != "placeholder"} <= candidate.saved
 
 
 @pytest.mark.parametrize("name", sorted(RANDOM))
