@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import fx
 from torch._decomp import get_decompositions
 from torch._dynamo.backends.common import aot_autograd
-from torch import fx
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.descriptors import InputMutationAOTOutput
+from torch._functorch.compile_utils import fx_graph_cse, raise_getitems
 from torch._functorch.partitioners import (
     NodeInfo,
     _extract_fwd_bwd_modules,
@@ -27,10 +29,8 @@ from torch._functorch.partitioners import (
     functionalize_rng_ops,
     has_recomputable_ops,
     has_recomputable_rng_ops,
-    is_sym_node,
     thread_graphsafe_rng_from_hops,
 )
-from torch._functorch.compile_utils import fx_graph_cse, raise_getitems
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.choices import InductorChoices
@@ -42,7 +42,7 @@ from torch._inductor.custom_graph_pass import (
 )
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
-from torch._inductor.virtualized import V as inductor_handlers
+from torch._inductor.virtualized import V
 from torch._logging._internal import trace_structured
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -51,6 +51,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as disable_modes
 
 __all__ = [
+    "BackendCompilerFailed",
     "CustomGraphPass",
     "CustomPartitionerFn",
     "FakeTensor",
@@ -90,6 +91,7 @@ __all__ = [
     "trace_structured",
 ]
 
+inductor_handlers = V
 extract_forward_and_backward = _extract_fwd_bwd_modules
 forward_and_backward_outputs = _extract_fwd_bwd_outputs
 
@@ -119,6 +121,11 @@ def mutated_inputs(joint: fx.Graph) -> list[fx.Node]:
     )
     changed = {d.mutated_input for d in descriptions if isinstance(d, InputMutationAOTOutput)}
     return [n for n in joint.find_nodes(op="placeholder") if n.meta.get("desc") in changed]
+
+
+def is_sym_node(node: fx.Node) -> bool:
+    """Whether the node's value is a symbolic integer, float or bool."""
+    return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)
 
 
 def size_hint(value: Any) -> int:

@@ -1,5 +1,6 @@
 """``memopt.optimize``: the one-line form of ``torch.compile(..., backend="memopt")``."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
@@ -35,7 +36,9 @@ def optimize(target: Any = None, **options: Any) -> Any:
     """
     if target is None:
         return lambda later: optimize(later, **options)
-    arguments = {name: options.pop(name) for name in ("dynamic", "fullgraph") if name in options}
+    arguments: dict[str, Any] = {
+        name: options.pop(name) for name in ("dynamic", "fullgraph") if name in options
+    }
     _validate(options)
     arguments.update(backend="memopt", options=options)
     if isinstance(target, type):
@@ -56,12 +59,12 @@ def _optimize_class(cls: type, arguments: dict[str, Any]) -> type:
         raise TypeError(f"memopt.optimize takes nn.Module classes, and {cls.__name__} is none")
     plain_init = cls.__init__
 
-    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def compiled_init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         plain_init(self, *args, **kwargs)
         self.compile(**arguments)
 
-    __init__.__doc__ = plain_init.__doc__
-    cls.__init__ = __init__  # type: ignore[misc]
+    functools.update_wrapper(compiled_init, plain_init)
+    setattr(cls, "__init__", compiled_init)  # noqa: B010 (mypy forbids the plain assignment)
     return cls
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from memopt.lowering import Compiled, lower_eagerly, lower_with_inductor
 from memopt.passes import INFERENCE, JOINT, POST_GRAD, PRE_GRAD
 from memopt.pipeline import PassContext, Pipeline
 from memopt.record import GraphRecord
+from memopt.remarks import RemarkKind
 from memopt.splitting import Splitter
+from memopt.units import format_bytes
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +82,9 @@ def compile_graph(
         return _finish(compiled, split, None, observe)
     margin = 0
     for _ in range(_MAX_ATTEMPTS):
-        split = Splitter(config, PassContext(config, [*ctx.remarks], {**ctx.rewrites}), held, margin)
+        split = Splitter(
+            config, PassContext(config, [*ctx.remarks], {**ctx.rewrites}), held, margin
+        )
         codes: list[str] = []
         bounded = config.memory_budget.kind != "none"
         compiled = lower_with_inductor(
@@ -114,8 +119,25 @@ def _finish(
     if split.config.memory_budget.kind != "bytes" or not split.outcomes:
         return compiled
     liveness = split.outcomes[-1].chosen.liveness
-    saved = certificate.saved_bytes if isinstance(certificate, Certificate) else liveness.saved_bytes
-    return LEDGER.tracked(compiled, saved + liveness.output_bytes)
+    _warn_of_earlier_graphs(split, liveness.gradient_bytes)
+    saved = liveness.saved_bytes
+    peak = liveness.backward_peak_bytes
+    if isinstance(certificate, Certificate):
+        saved, peak = certificate.saved_bytes, certificate.peak_bytes
+    return LEDGER.tracked(compiled, saved + liveness.output_bytes, peak)
+
+
+def _warn_of_earlier_graphs(split: Splitter, gradient_bytes: int) -> None:
+    """An earlier graph was planned before it was known that this one's gradients come first."""
+    over = LEDGER.earlier_peak_bytes(gradient_bytes) - int(split.config.memory_budget.value)
+    if over > 0:
+        text = (
+            f"the step has several graphs, and the backward of an earlier one may pass the "
+            f"budget by {format_bytes(over)}, the gradients that this graph leaves behind: lower "
+            f"memory_budget by that, or remove the graph break"
+        )
+        split.ctx.remark("backend", RemarkKind.ANALYSIS, text)
+        warnings.warn(text, stacklevel=2)
 
 
 def _cache_key(config: Config, held_bytes: int, margin_bytes: int) -> str:
@@ -141,5 +163,7 @@ def _granularity(split: Splitter) -> int:
 def _source_hash() -> str:
     """A hash of every source file that decides what is emitted."""
     folder = Path(__file__).parent
-    files = sorted(str(p) for f in (folder, folder / "passes", folder / "kernels") for p in f.glob("*.py"))
+    files = sorted(
+        str(p) for f in (folder, folder / "passes", folder / "kernels") for p in f.glob("*.py")
+    )
     return str(get_hash_for_files(tuple(files)).hex())

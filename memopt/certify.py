@@ -157,16 +157,14 @@ class _Meter:
         self.ranges.append(LiveRange(name=name, nbytes=nbytes, first=first, last=last, role=role))
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what operators allocate; an operator that allocates or writes is a step."""
 
     def __init__(self, module: "_EmittedModule", meter: _Meter) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._module, self._meter = module, meter
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = str(func).removesuffix(".default")
         empty = name.startswith("aten.empty")
@@ -237,7 +235,7 @@ class _Kernel:
 
 @dataclass(frozen=True)
 class _Externs:
-    """Stands in for ``extern_kernels``: what writes into ``out=`` allocates nothing but scratch."""
+    """Stands in for ``extern_kernels``: what writes into ``out=`` allocates nothing."""
 
     real: Any
     meter: _Meter
@@ -257,7 +255,9 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def _empty_on(device: str) -> Callable[..., torch.Tensor]:
-    return lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device=device)
+    return lambda size, stride, dtype: torch.empty_strided(
+        size, stride, dtype=dtype, device=device
+    )
 
 
 def _reinterpret(
@@ -284,10 +284,10 @@ def _key(tensor: torch.Tensor) -> int:
 
 def _compiled_kernel(statement: ast.stmt) -> str | None:
     """The name that ``name = async_compile.something(...)`` binds."""
-    if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
-        if _builds_kernels(statement):
-            return statement.targets[0].id
-    return None
+    if not isinstance(statement, ast.Assign) or not _builds_kernels(statement):
+        return None
+    target = statement.targets[0]
+    return target.id if isinstance(target, ast.Name) else None
 
 
 def _builds_kernels(statement: ast.stmt) -> bool:

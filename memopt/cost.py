@@ -17,8 +17,8 @@ from memopt.workspace import workspace_bytes
 
 # Vector operations that cost this many times an addition, on a device without spare arithmetic.
 _SLOW_ELEMENTWISE = frozenset(
-    "exp expm1 log log1p log2 log10 tanh sigmoid erf erfc erfinv sin cos tan pow sqrt rsqrt gelu "
-    "gelu_backward silu silu_backward softplus native_dropout inductor_random rand_like "
+    "exp expm1 log log1p log2 log10 tanh sigmoid erf erfc erfinv sin cos tan pow sqrt rsqrt "
+    "gelu gelu_backward silu silu_backward softplus native_dropout inductor_random rand_like "
     "tanh_backward sigmoid_backward reciprocal div".split()
 )
 _SLOW_FACTOR = 4.0
@@ -56,7 +56,9 @@ class CostModel:
             return self._roofline(_flops(node), moved, _dtype(node)) + self.device.launch_seconds
         name = packet_name(node.target).rpartition(".")[2]
         factor = _SLOW_FACTOR if name in _SLOW_ELEMENTWISE else 1.0
-        elements = max((t.numel() for n in (node, *node.all_input_nodes) for t in _values(n)), default=0)
+        elements = max(
+            (t.numel() for n in (node, *node.all_input_nodes) for t in _values(n)), default=0
+        )
         arithmetic = 8.0 * factor * size_hint(elements) / self.device.flops_for("float32")
         if self.fused:
             return arithmetic

@@ -1,5 +1,7 @@
 """Did it fit, and if not, why: the words that the user reads."""
 
+from collections.abc import Sequence
+
 from memopt.certify import Certificate
 from memopt.errors import BudgetInfeasibleError
 from memopt.graph import source_line
@@ -21,7 +23,7 @@ def overshoot_bytes(split: Splitter, certificate: Certificate | str | None) -> i
 
 
 def limit_bytes(split: Splitter) -> int | None:
-    """The bound on the graph at hand: what the planner used, or the budget where it did not run."""
+    """The bound on the graph at hand: the planner's, or the budget where it did not run."""
     if split.outcomes:
         return split.outcomes[-1].limit_bytes
     budget = split.config.memory_budget
@@ -73,8 +75,7 @@ def infeasible_text(split: Splitter, limit: int, floor: int, timeline: Timeline)
     )
 
 
-def _next_action(holders: "list[LiveRange] | tuple[LiveRange, ...] | object", floor: int) -> str:
-    ordered = list(holders)  # type: ignore[call-overload]
+def _next_action(ordered: Sequence[LiveRange], floor: int) -> str:
     raise_it = f"raise memory_budget to {format_bytes(floor + floor // 100)}"
     if not ordered:
         return raise_it

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from memopt._torch import BackendCompilerFailed
 from memopt.backend import compile_graph, read_options
 from memopt.lowering import Compiled
 from memopt.record import GraphRecord
@@ -52,7 +53,7 @@ def explain(
     compiled = torch.compile(forward, backend=backend, dynamic=dynamic)
     try:
         compiled(*inputs, **kwargs)
-    except torch._dynamo.exc.BackendCompilerFailed as error:
+    except BackendCompilerFailed as error:
         if error.inner_exception is not None:
             raise error.inner_exception from None
         raise

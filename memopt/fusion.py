@@ -13,7 +13,7 @@ from memopt._torch import InductorChoices
 MAX_SPAN = 16
 
 
-class NearbyFusion(InductorChoices):  # type: ignore[misc]
+class NearbyFusion(InductorChoices):
     """Inductor's own choices, with a bound on how far apart siblings may lie."""
 
     @staticmethod

@@ -31,8 +31,8 @@ _POINTWISE_NAMES = frozenset(
     "aten.embedding aten.gather aten.index aten.slice_scatter aten.select_scatter "
     "aten.constant_pad_nd aten.full aten.full_like aten.zeros aten.zeros_like aten.ones "
     "aten.ones_like aten.arange aten.iota prims.iota aten._to_copy aten.cat aten.repeat "
-    "aten.new_zeros aten.new_ones aten.new_full aten.scalar_tensor aten.tril aten.triu aten.flip "
-    "aten._unsafe_index prims.inductor_random prims.inductor_lookup_seed "
+    "aten.new_zeros aten.new_ones aten.new_full aten.scalar_tensor aten.tril aten.triu "
+    "aten.flip aten._unsafe_index prims.inductor_random prims.inductor_lookup_seed "
     "prims.inductor_randint aten.lift_fresh_copy aten.empty aten.empty_like aten.roll "
     "aten.diagonal_scatter aten.as_strided_scatter prims.convert_element_type "
     "aten.native_dropout aten.rand_like aten.bernoulli aten._unsafe_masked_index "
@@ -40,10 +40,10 @@ _POINTWISE_NAMES = frozenset(
     "aten.avg_pool2d aten.copy".split()
 )
 _REDUCTION_NAMES = frozenset(
-    "aten.mean aten.var aten.var_mean aten.std prims.var prims.sum prims.prepare_softmax_online "
-    "aten.argmax aten.argmin aten.cumsum aten.norm aten.linalg_vector_norm aten.any aten.all "
-    "aten.amax aten.amin aten.logsumexp aten.max aten.min aten.prod aten.sum "
-    "aten.nll_loss_forward".split()
+    "aten.mean aten.var aten.var_mean aten.std prims.var prims.sum "
+    "prims.prepare_softmax_online aten.argmax aten.argmin aten.cumsum aten.norm "
+    "aten.linalg_vector_norm aten.any aten.all aten.amax aten.amin aten.logsumexp aten.max "
+    "aten.min aten.prod aten.sum aten.nll_loss_forward".split()
 )
 # Views whose schema does not say so.
 _UNDECLARED_VIEWS = frozenset({aten._unsafe_view.default, aten.lift_fresh.default})
@@ -142,7 +142,9 @@ def op_kind(node: fx.Node) -> OpKind:
         name = packet_name(target)
         if torch.Tag.pointwise in target.tags or name in _POINTWISE_NAMES:
             return OpKind.POINTWISE
-        if name in _REDUCTION_NAMES or "reduction" in {str(t).rsplit(".")[-1] for t in target.tags}:
+        if name in _REDUCTION_NAMES or "reduction" in {
+            str(t).rsplit(".")[-1] for t in target.tags
+        }:
             return OpKind.REDUCTION
     return OpKind.EXTERN
 

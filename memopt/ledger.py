@@ -15,26 +15,49 @@ import torch
 from memopt._torch import pytree
 
 
+@dataclass(frozen=True)
+class Entry:
+    """One forward whose backward is still to come.
+
+    Attributes:
+        node: its autograd node, which dies or is emptied with what it holds.
+        held_bytes: its saved tensors and outputs.
+        backward_peak_bytes: the peak of its own backward, as planned.
+    """
+
+    node: "weakref.ref[Any]"
+    held_bytes: int
+    backward_peak_bytes: int
+
+
 @dataclass
 class Ledger:
-    """Bytes held by forwards whose backward has not run yet, by their autograd node."""
+    """Forwards whose backward has not run yet."""
 
-    _entries: list[tuple["weakref.ref[Any]", int]] = field(default_factory=list)
+    _entries: list[Entry] = field(default_factory=list)
 
     def held_bytes(self) -> int:
         """Bytes held now; forgets those whose backward has run or was abandoned."""
-        self._entries = [(ref, n) for ref, n in self._entries if _in_flight(ref())]
-        return sum(nbytes for _, nbytes in self._entries)
+        self._entries = [e for e in self._entries if _in_flight(e.node())]
+        return sum(e.held_bytes for e in self._entries)
 
-    def tracked(self, compiled: Callable[..., Any], nbytes: int) -> Callable[..., Any]:
-        """``compiled``, noting ``nbytes`` as held from each forward to its backward."""
+    def earlier_peak_bytes(self, gradient_bytes: int) -> int:
+        """Highest backward peak of an earlier graph once a later one has left its gradients."""
+        peaks = [e.backward_peak_bytes for e in self._entries if _in_flight(e.node())]
+        return max(peaks) + gradient_bytes if peaks else 0
+
+    def tracked(
+        self, compiled: Callable[..., Any], held_bytes: int, backward_peak_bytes: int
+    ) -> Callable[..., Any]:
+        """``compiled``, entered here from each forward to its backward."""
 
         def run(*args: Any) -> Any:
             result = compiled(*args)
             for leaf in pytree.tree_leaves(result):
                 if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
-                    self._entries = [e for e in self._entries if e[0]() is not None]
-                    self._entries.append((weakref.ref(leaf.grad_fn), nbytes))
+                    self._entries = [e for e in self._entries if e.node() is not None]
+                    node = weakref.ref(leaf.grad_fn)
+                    self._entries.append(Entry(node, held_bytes, backward_peak_bytes))
                     break
             return result
 

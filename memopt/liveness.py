@@ -73,6 +73,17 @@ class Liveness:
         outputs = storages_of(joint, joint.forward_outputs)
         return sum(joint.storages[s].nbytes for s in outputs)
 
+    @property
+    def backward_peak_bytes(self) -> int:
+        """The highest of ``live_bytes`` in the backward."""
+        return max(self.live_bytes[len(self.schedule.forward) :], default=0)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of what the backward returns."""
+        joint = self.schedule.joint
+        return sum(joint.storages[s].nbytes for s in storages_of(joint, joint.backward_outputs))
+
     def timeline(self, label: str) -> Timeline:
         """The same, for people: named steps and ranges with the user's source lines."""
         return _timeline(self, label)
@@ -163,7 +174,9 @@ class _Half:
             for u in self.joint.inputs[i]:
                 known = self.value.get(u, {})
                 fresh.update(
-                    (s, known[s]) for s in self.joint.storage_of[i] if s in known and s not in fresh
+                    (s, known[s])
+                    for s in self.joint.storage_of[i]
+                    if s in known and s not in fresh
                 )
         return fresh
 

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 
@@ -26,7 +26,7 @@ Compiled = Callable[..., Any]
 _HOLD_NOTHING_BACK = {"allow_buffer_reuse": False}
 
 
-class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
+class Partitioner(CustomPartitionerFn):
     """The splitter as Inductor's partitioner hook.
 
     Torch pickles it into the key of its caches: its identity is ``key`` alone.
@@ -36,9 +36,11 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
         self.key = key
         self.split = split
 
-    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
         assert self.split is not None
-        return self.split(gm, inputs, **kwargs)
+        return self.split(gm, joint_inputs, **kwargs)
 
     def __getstate__(self) -> dict[str, str]:
         return {"key": self.key}
@@ -82,11 +84,12 @@ def lower_with_inductor(
             stack.enter_context(capture_output_code(sink))
         if not trust_cache:
             stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
-        return compile_fx(
+        compiled: Any = compile_fx(
             gm,
             inputs,
             config_patches={**patches, "custom_partitioner_fn": Partitioner(key, split)},
         )
+    return cast(Compiled, compiled)
 
 
 def lower_eagerly(gm: fx.GraphModule, inputs: Sequence[Any], split: Splitter) -> Compiled:

@@ -69,7 +69,9 @@ def _capacity(seconds: float, scale: float) -> int:
 
 def _source_side(edges: list[tuple[int, int, int]], size: int, source: int, sink: int) -> set[int]:
     """Nodes that the residual graph still connects to the source."""
-    tail, head, capacity = (np.array(column, dtype=np.int32) for column in zip(*edges, strict=True))
+    tail, head, capacity = (
+        np.array(column, dtype=np.int32) for column in zip(*edges, strict=True)
+    )
     graph = csr_array((capacity, (tail, head)), shape=(size, size), dtype=np.int32)
     graph.sum_duplicates()
     graph.data = np.minimum(graph.data, _INFINITE)

@@ -1,4 +1,4 @@
-"""Joint graph and saved set to a forward graph and a backward graph, checked against each other."""
+"""Joint graph and saved set to a forward and a backward graph, checked against each other."""
 
 from collections.abc import Iterable, Sequence
 
@@ -80,13 +80,13 @@ def _missing(root: fx.Node, placed: set[fx.Node], position: dict[fx.Node, int]) 
 
 
 def check_halves(forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outputs: int) -> None:
-    """Check ``forward: inputs -> (outputs, saved)`` against ``backward: (saved, tangents) -> grads``.
+    """Check that what ``forward`` saves is what ``backward`` expects, by name and type.
 
     Raises:
         PartitionError: by name or by type, what one sends is not what the other receives.
     """
     (output,) = forward.graph.find_nodes(op="output")
-    sent = [n for n in output.args[0][num_fwd_outputs:] if isinstance(n, fx.Node)]  # type: ignore[index,union-attr]
+    sent = [n for n in output.args[0][num_fwd_outputs:] if isinstance(n, fx.Node)]
     received = [
         n
         for n in backward.graph.find_nodes(op="placeholder")

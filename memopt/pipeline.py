@@ -134,7 +134,7 @@ class Pipeline:
         log.debug("pass %s failed", pass_.name, exc_info=error)
         warnings.warn(
             f"memopt pass {pass_.name!r} was {text}. The graph is as before it. "
-            f"options={{'passes': {{{pass_.name!r}: False}}}} switches it off, 'strict': True raises",
+            f"options={{'passes': {{{pass_.name!r}: False}}}} switches it off; 'strict' raises",
             stacklevel=2,
         )
 

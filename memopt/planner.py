@@ -134,9 +134,7 @@ class Search:
         live = liveness.live_bytes
         peak = live.index(max(live)) if live else 0
         alive = {s for s, first, last in liveness.lives if first <= peak <= last}
-        drop = [
-            i for i in candidate.saved if not alive.isdisjoint(joint.storage_of[i])
-        ]
+        drop = [i for i in candidate.saved if not alive.isdisjoint(joint.storage_of[i])]
         savable = [
             i
             for i, nbytes in enumerate(problem.save_bytes)
@@ -203,7 +201,11 @@ class Search:
         """(4) Save more, dearest recomputation per byte first, in shrinking batches."""
         problem, best = self.problem, start
         wanted = sorted(
-            (i for i in best.liveness.schedule.recomputed if 0 < problem.save_bytes[i] < float("inf")),
+            (
+                i
+                for i in best.liveness.schedule.recomputed
+                if 0 < problem.save_bytes[i] < float("inf")
+            ),
             key=lambda i: (-problem.seconds[i] / problem.save_bytes[i], i),
         )
         batch = max(1, len(wanted) // 2)

@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from memopt._torch import is_sym_node
 from memopt.cost import CostModel
 from memopt.graph import OpKind, tensors
 from memopt.joint import JointGraph
 from memopt.liveness import Liveness, analyse, read_by_library_calls, storages_of
 from memopt.mincut import cheapest_saved_set
 from memopt.schedule import make_schedule
-from memopt._torch import is_sym_node
 
 INFINITE = float("inf")
 
@@ -120,7 +120,9 @@ class Problem:
     @cached_property
     def forward_seconds(self) -> float:
         """Time of the forward half."""
-        return sum(s for s, on in zip(self.seconds, self.joint.required_forward, strict=True) if on)
+        return sum(
+            s for s, on in zip(self.seconds, self.joint.required_forward, strict=True) if on
+        )
 
     def evaluate(self, saved: Iterable[int], origin: str) -> Candidate:
         """Schedule the two halves for a saved set, and measure it exactly under the model.
@@ -174,4 +176,3 @@ class Problem:
 
     def _pinned(self, i: int) -> bool:
         return not self.joint.recomputable[i] and self.joint.kind[i] is not OpKind.VIEW
-

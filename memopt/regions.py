@@ -128,7 +128,11 @@ def _phase_peaks(
     phase = regions - 1
     for step, i in enumerate(schedule.backward, len(schedule.forward)):
         if not joint.forwardable[i]:
-            read = [region_of[u] for u in joint.inputs[i] if joint.forwardable[u] and joint.allocates[u]]
+            read = [
+                region_of[u]
+                for u in joint.inputs[i]
+                if joint.forwardable[u] and joint.allocates[u]
+            ]
             phase = min(phase, max(read, default=phase))
         behind[phase] = max(behind[phase], live[step])
     return ahead, behind

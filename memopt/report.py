@@ -21,9 +21,9 @@ from rich.text import Text
 from memopt._versions import __version__
 from memopt.errors import ConfigError
 from memopt.page import draw_picture, render_page
-from memopt.units import format_bytes, format_seconds
 from memopt.record import DecisionRow, GraphRecord
 from memopt.remarks import Remark, RemarkKind
+from memopt.units import format_bytes, format_seconds
 
 _MOST_DECISIONS = 10
 _MOST_REMARKS = 20

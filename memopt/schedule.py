@@ -40,7 +40,10 @@ def make_schedule(joint: JointGraph, saved: Iterable[int]) -> Schedule:
     saved = frozenset(saved)
     needed = _ancestors(joint, [*joint.forward_outputs, *saved])
     return Schedule(
-        joint, saved, forward=tuple(_forward(joint, needed)), backward=tuple(_backward(joint, saved))
+        joint,
+        saved,
+        forward=tuple(_forward(joint, needed)),
+        backward=tuple(_backward(joint, saved)),
     )
 
 

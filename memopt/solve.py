@@ -93,4 +93,4 @@ def _milp(
     if result.x is None:
         return None
     chosen = result.x[:size].reshape(regions, levels)
-    return [int(l) for l in np.argmax(chosen, axis=1)], float(result.x[-1]) * unit
+    return [int(level) for level in np.argmax(chosen, axis=1)], float(result.x[-1]) * unit

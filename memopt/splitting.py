@@ -25,7 +25,6 @@ from memopt.device import DEVICES, DeviceSpec, device_spec, spec_for_product
 from memopt.errors import PlanError
 from memopt.graph import source_line, tensors
 from memopt.joint import JointGraph, index_joint_graph
-from memopt.liveness import storages_of
 from memopt.partition import partition
 from memopt.passes import JOINT, POST_GRAD
 from memopt.pipeline import PassContext, Pipeline
@@ -245,5 +244,3 @@ def _replay(problem: Problem, path: str) -> Candidate:
         )
     saved = [by_name[name] for name in plan.saved]
     return problem.evaluate(saved, f"replayed from {path}")
-
-

@@ -82,7 +82,5 @@ class Timeline:
             "peak_bytes": self.peak_bytes,
             "peak_step": self.peak_step,
             "steps": [[s.name, s.source, int(s.backward)] for s in self.steps],
-            "ranges": [
-                [r.name, r.nbytes, r.first, r.last, r.source, r.role] for r in self.ranges
-            ],
+            "ranges": [[r.name, r.nbytes, r.first, r.last, r.source, r.role] for r in self.ranges],
         }

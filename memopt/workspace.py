@@ -72,7 +72,7 @@ class _Described(tuple):  # type: ignore[type-arg]
         shape, stride, *_ = self
         if 0 in shape:
             return 0
-        return 1 + sum((d - 1) * s for d, s in zip(shape, stride, strict=True))
+        return int(1 + sum((d - 1) * s for d, s in zip(shape, stride, strict=True)))
 
     def make(self) -> torch.Tensor:
         """A tensor of zeros like the argument."""
@@ -102,7 +102,8 @@ def _watch_cpu(call: Callable[[], Any]) -> int:
     call()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         result = call()
-    assert watched.profiler is not None and watched.profiler.kineto_results is not None
+    assert watched.profiler is not None
+    assert watched.profiler.kineto_results is not None
     events = [
         (event.start_ns(), order, event.nbytes())
         for order, event in enumerate(watched.profiler.kineto_results.events())
@@ -142,7 +143,7 @@ def _attention_forward(args: Any, result: Any) -> int:
     per_thread = rows * (columns + 2 + size_hint(query.shape[3])) * wide
     if query.element_size() < wide:
         per_thread += rows * columns * query.element_size()
-    return per_thread * torch.get_num_threads()
+    return int(per_thread * torch.get_num_threads())
 
 
 def _attention_backward(args: Any, result: Any) -> int:
@@ -153,7 +154,7 @@ def _attention_backward(args: Any, result: Any) -> int:
     per_thread = 2 * rows * columns * wide
     if query.element_size() < wide:
         per_thread += 2 * rows * columns * query.element_size()
-    return per_thread * torch.get_num_threads() + rows * wide
+    return int(per_thread * torch.get_num_threads() + rows * wide)
 
 
 _FORMULAS: dict[str, Callable[[Any, Any], int]] = {

@@ -43,7 +43,9 @@ class CloneMutatedInputs:
             before.meta[READ_ONCE] = True
             for reader in readers:
                 reader.replace_input_with(value, before)
-            text = f"overwritten in place; {len(readers)} nodes that lead to the backward read a copy"
+            text = (
+                f"overwritten in place; {len(readers)} nodes that lead to the backward read a copy"
+            )
             ctx.remark(self.name, RemarkKind.APPLIED, text, value.name)
             rewrites += 1
         return rewrites
@@ -73,4 +75,5 @@ def _needed_by_backward(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _first_computation(graph: fx.Graph) -> fx.Node:
-    return next(n for n in graph.nodes if n.op != "placeholder")
+    first: fx.Node = next(n for n in graph.nodes if n.op != "placeholder")
+    return first

@@ -12,20 +12,21 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS: tuple[str, ...] = (
-    "errors remarks timeline _torch",
-    "_versions budget device record graph sizes plan",
-    "config joint cost page kernels",
-    "schedule workspace report mincut",
+    "errors remarks timeline units _torch",
+    "_versions budget device record graph plan ledger fusion",
+    "config joint workspace page kernels",
+    "schedule report mincut cost",
     "liveness pipeline",
     "passes problem",
     "regions",
     "solve",
-    "planner partition lowering certify",
+    "planner partition certify",
+    "splitting",
+    "lowering diagnosis",
     "backend",
     "explaining",
     "api",
-    "cli __init__",
-    "__main__",
+    "__init__",
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 OUTSIDE = {"bench", "tests", "passes", "kernels"}

@@ -95,7 +95,7 @@ def test_the_wheel_holds_every_file_once(tmp_path: Path) -> None:
     tree = tmp_path / "tree"  # a build leaves its traces where it runs
     for folder in FOLDERS.values():
         shutil.copytree(ROOT / folder, tree / folder, symlinks=True)
-    for name in ("pyproject.toml", "LICENSE"):
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, tree)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "."]
     subprocess.run(command, cwd=tree, check=True, capture_output=True)

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from memopt.errors import MissingExtraError
-from memopt.units import format_bytes, format_seconds
 from memopt.record import DecisionRow
 from memopt.remarks import Remark, RemarkKind
 from memopt.report import Report
 from memopt.timeline import LiveRange, Step, Timeline
+from memopt.units import format_bytes, format_seconds
 from tests.factories import make_record
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&lt;!--\u2028\u2029\ud800[bold]{{report}}"
