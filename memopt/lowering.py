@@ -109,7 +109,12 @@ def lower_eagerly(gm: fx.GraphModule, inputs: Sequence[Any], split: Splitter) ->
 
 
 def _interpret(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    unused = [i for i, node in enumerate(placeholders) if not node.users]
+
     def run(args: list[Any]) -> Any:
+        for i in unused:
+            args[i] = None  # the interpreter would hold it to the end
         return fx.Interpreter(gm).boxed_run(args)
 
     run._boxed_call = True  # type: ignore[attr-defined]

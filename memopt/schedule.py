@@ -1,5 +1,6 @@
 """The order in which the two halves of a step run, given what is saved between them."""
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,11 +40,12 @@ def make_schedule(joint: JointGraph, saved: Iterable[int]) -> Schedule:
     """
     saved = frozenset(saved)
     needed = _ancestors(joint, [*joint.forward_outputs, *saved])
+    forward, backward = _forward(joint, needed), _backward(joint, saved)
     return Schedule(
         joint,
         saved,
-        forward=tuple(_forward(joint, needed)),
-        backward=tuple(_backward(joint, saved)),
+        forward=tuple(_take_apart_at_once(joint, forward)),
+        backward=tuple(_take_apart_at_once(joint, backward)),
     )
 
 
@@ -73,6 +75,25 @@ def _backward(joint: JointGraph, saved: frozenset[int]) -> list[int]:
             stack.extend(inputs[i])
         order.extend(sorted(missing))
     return order
+
+
+def _take_apart_at_once(joint: JointGraph, order: list[int]) -> list[int]:
+    """Move every ``getitem`` behind the tuple it takes apart, so that the rest can die."""
+    parts: dict[int, list[int]] = {}
+    for i in order:
+        if joint.nodes[i].target is operator.getitem:
+            parts.setdefault(joint.inputs[i][0], []).append(i)
+    ran = set(order)
+    moved = {i for whole, items in parts.items() if whole in ran for i in items}
+    result: list[int] = []
+    for i in order:
+        if i not in moved:
+            stack = [i]
+            while stack:
+                node = stack.pop()
+                result.append(node)
+                stack.extend(reversed(parts.get(node, ())))
+    return result
 
 
 def _ancestors(
