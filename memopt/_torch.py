@@ -13,6 +13,7 @@ from torch import fx
 from torch._decomp import get_decompositions
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import counters as dynamo_counters
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.descriptors import InputMutationAOTOutput
 from torch._functorch.compile_utils import fx_graph_cse, raise_getitems
@@ -56,6 +57,7 @@ __all__ = [
     "CustomPartitionerFn",
     "FakeTensor",
     "FakeTensorMode",
+    "GraphLowering",
     "InductorChoices",
     "NodeInfo",
     "OpOverload",
@@ -67,6 +69,7 @@ __all__ = [
     "cleanup_recompute_tags",
     "compile_fx",
     "disable_modes",
+    "dynamo_counters",
     "extract_forward_and_backward",
     "force_save_bw_mutation_src",
     "force_save_collectives",

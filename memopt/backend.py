@@ -100,7 +100,7 @@ def compile_graph(
         overshoot = diagnosis.overshoot_bytes(split, certificate)
         if overshoot <= 0 or (split.outcomes and not split.outcomes[-1].fits):
             break
-        margin += overshoot + overshoot // 16
+        margin += overshoot + overshoot // 16 + (diagnosis.limit_bytes(split) or 0) // 64
         log.info("the emitted code is %d bytes over the budget: planning again", overshoot)
     diagnosis.require_fit(split, certificate)
     return _finish(compiled, split, certificate, observe)

@@ -21,7 +21,7 @@ class OpKind(enum.IntEnum):
     INPUT = 0  # placeholder or constant: resident before the step starts
     VIEW = 1  # another name for its input's storage
     POINTWISE = 2  # loops over its output: fuses with its readers and its inputs
-    REDUCTION = 3  # loops over its input: fuses with its inputs
+    REDUCTION = 3  # loops over its inputs and fuses with them; its result is always written
     EXTERN = 4  # a library call, or opaque: reads and writes memory
     SYMBOL = 5  # an integer, no bytes
 
@@ -40,6 +40,8 @@ _POINTWISE_NAMES = frozenset(
     "aten.avg_pool2d aten.copy".split()
 )
 _REDUCTION_NAMES = frozenset(
+    "aten.index_put aten._unsafe_index_put aten._unsafe_masked_index_put_accumulate aten.scatter "
+    "aten.scatter_add aten.scatter_reduce aten.index_add aten.index_copy "
     "aten.mean aten.var aten.var_mean aten.std prims.var prims.sum "
     "prims.prepare_softmax_online aten.argmax aten.argmin aten.cumsum aten.norm "
     "aten.linalg_vector_norm aten.any aten.all aten.amax aten.amin aten.logsumexp aten.max "
