@@ -11,7 +11,7 @@ from bench.meter import Meter
 from bench.zoo import MODELS, loss_of
 from memopt._torch import dynamo_counters
 
-NAMES = ("lm8", "lm_dropout", "unet")
+NAMES = ("lm_dropout", "unet")
 
 
 def step(run: Any, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
