@@ -8,7 +8,8 @@ from memopt._torch import is_sym_node
 from memopt.cost import CostModel
 from memopt.graph import OpKind, tensors
 from memopt.joint import JointGraph
-from memopt.liveness import Liveness, analyse, read_by_library_calls, storages_of
+from memopt.liveness import Liveness, analyse
+from memopt.lives import read_by_library_calls, storages_of
 from memopt.mincut import cheapest_saved_set
 from memopt.schedule import make_schedule
 

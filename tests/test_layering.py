@@ -15,7 +15,7 @@ LAYERS: tuple[str, ...] = (
     "errors remarks timeline units _torch",
     "_versions budget device record graph plan ledger fusion",
     "config joint workspace page kernels",
-    "schedule report mincut cost",
+    "schedule report mincut cost lives",
     "liveness pipeline",
     "passes problem",
     "regions",

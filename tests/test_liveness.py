@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from bench.meter import Meter
 from memopt.graph import OpKind
 from memopt.joint import JointGraph
-from memopt.liveness import Liveness, analyse, storages_of
+from memopt.liveness import Liveness, analyse
+from memopt.lives import storages_of
 from memopt.problem import Problem
 from memopt.schedule import Schedule, make_schedule
 from tests.graphs import (
