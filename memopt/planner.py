@@ -13,7 +13,6 @@ solving it by block is Rockmate (Zhao et al., 2023); a knapsack over saved bytes
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from memopt.problem import Candidate, Problem
 from memopt.regions import Tables, tabulate
@@ -26,25 +25,6 @@ _MAX_TIGHTEN = 6
 _MAX_SPENDS = 40
 _MAX_STARTS = 3
 _MAX_DESCENT = 60
-
-
-@dataclass(frozen=True)
-class Planned:
-    """The outcome of planning.
-
-    Attributes:
-        chosen: the plan.
-        everything_kept: the baseline.
-        fastest: the plan with no budget.
-        floor: the plan of least peak, or None where the budget did not call for it.
-        seconds: wall-clock time of planning.
-    """
-
-    chosen: Candidate
-    everything_kept: Candidate
-    fastest: Candidate
-    floor: Candidate | None
-    seconds: float
 
 
 class Search:
