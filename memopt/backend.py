@@ -81,12 +81,12 @@ def compile_graph(
         diagnosis.require_fit(split, certificate=None)
         return _finish(compiled, split, None, observe)
     margin = 0
+    bounded = config.memory_budget.kind != "none"
     for _ in range(_MAX_ATTEMPTS):
         split = Splitter(
             config, PassContext(config, [*ctx.remarks], {**ctx.rewrites}), held, margin
         )
         codes: list[str] = []
-        bounded = config.memory_budget.kind != "none"
         compiled = lower_with_inductor(
             gm,
             inputs,
@@ -100,9 +100,11 @@ def compile_graph(
         overshoot = diagnosis.overshoot_bytes(split, certificate)
         if overshoot <= 0 or (split.outcomes and not split.outcomes[-1].fits):
             break
-        margin += overshoot + overshoot // 16 + (diagnosis.limit_bytes(split) or 0) // 64
+        margin = diagnosis.next_margin_bytes(split, certificate)
         log.info("the emitted code is %d bytes over the budget: planning again", overshoot)
     diagnosis.require_fit(split, certificate)
+    if bounded and isinstance(certificate, str):
+        log.warning("the budget is met by the estimate only, not certified: %s", certificate)
     return _finish(compiled, split, certificate, observe)
 
 

@@ -22,6 +22,21 @@ def overshoot_bytes(split: Splitter, certificate: Certificate | str | None) -> i
     return 0 if limit is None else certificate.peak_bytes - limit
 
 
+def next_margin_bytes(split: Splitter, certificate: Certificate | str | None) -> int:
+    """How far below the budget to aim next, after the emitted code overshot.
+
+    The gap between the code and the model is what the model does not see; the next plan may use
+    the budget less that gap. Where the gap was allowed for already, aim visibly lower.
+    """
+    overshoot, limit = overshoot_bytes(split, certificate), limit_bytes(split) or 0
+    if not split.outcomes or not isinstance(certificate, Certificate):
+        return split.margin_bytes + overshoot + limit // 64
+    gap = certificate.peak_bytes - split.outcomes[-1].chosen.peak_bytes
+    if gap > split.margin_bytes:
+        return gap + gap // 64
+    return split.margin_bytes + overshoot + limit // 64
+
+
 def limit_bytes(split: Splitter) -> int | None:
     """The bound on the graph at hand: the planner's, or the budget where it did not run."""
     if split.outcomes:
