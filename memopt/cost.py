@@ -23,6 +23,9 @@ _SLOW_ELEMENTWISE = frozenset(
 )
 _SLOW_FACTOR = 4.0
 _LIBRARY_EFFICIENCY = 0.7  # of the roofline, typical of large library calls
+# Attention reaches less of the peak; the CPU's least: softmax between two small matrix products.
+_ATTENTION_EFFICIENCY = {"cpu": 0.12}
+_OTHER_ATTENTION_EFFICIENCY = 0.4
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,11 @@ class CostModel:
             return self._measure(node)
         moved = sum(_nbytes(t) for n in (node, *node.all_input_nodes) for t in _values(n))
         if kind is OpKind.EXTERN:
-            return self._roofline(_flops(node), moved, _dtype(node)) + self.device.launch_seconds
+            seconds = self._roofline(_flops(node), moved, _dtype(node))
+            if "attention" in packet_name(node.target):
+                reached = _ATTENTION_EFFICIENCY.get(self.device.name, _OTHER_ATTENTION_EFFICIENCY)
+                seconds *= _LIBRARY_EFFICIENCY / reached
+            return seconds + self.device.launch_seconds
         name = packet_name(node.target).rpartition(".")[2]
         factor = _SLOW_FACTOR if name in _SLOW_ELEMENTWISE else 1.0
         elements = max(
@@ -110,6 +117,13 @@ def _flops(node: fx.Node) -> float:
     if not isinstance(target, OpOverload):
         return 0.0
     formula = flop_registry.get(target.overloadpacket)
+    name = packet_name(target)
+    if formula is None and name in _ATTENTION_PRODUCTS:
+        arguments = node.args[_ATTENTION_AT[name] :][:2]
+        query, key = (_values(n)[0] for n in arguments if isinstance(n, fx.Node))
+        batch, heads, rows, width = (size_hint(d) for d in query.shape)
+        columns = size_hint(key.shape[2])
+        return _ATTENTION_PRODUCTS[name] * 2.0 * batch * heads * rows * columns * width
     if formula is None:
         return float(sum(size_hint(t.numel()) for t in _values(node)))
     args, kwargs = pytree.tree_map_only(
@@ -117,6 +131,18 @@ def _flops(node: fx.Node) -> float:
     )
     value = pytree.tree_map(_with_hints, node.meta.get("val"))
     return float(formula(*args, **kwargs, out_val=value))
+
+
+# Matrix products in the CPU's attention, which torch's registry does not list: two forward; one to
+# recompute the scores and four for the gradients backward. The query is the nth tensor argument.
+_ATTENTION_PRODUCTS = {
+    "aten._scaled_dot_product_flash_attention_for_cpu": 2,
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward": 5,
+}
+_ATTENTION_AT = {
+    "aten._scaled_dot_product_flash_attention_for_cpu": 0,
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward": 1,
+}
 
 
 def _with_hints(value: Any) -> Any:
