@@ -34,6 +34,7 @@ class Row:
         end_bytes: the same when the step has ended.
         reserved_bytes: what CUDA's allocator held at most, in all.
         gradient_bytes: bytes of the parameters' gradients, which the peak includes.
+        predicted_peak_bytes: the peak that memopt predicts, outputs held; None for other peers.
         step_seconds: median over rounds; ``cpu_seconds`` likewise, of the process.
         first_step_seconds: first step with empty caches; compilation is the bulk of it.
         gradient_error: see `bench.worker.relative_error`; against the peer ``reference``.
@@ -49,6 +50,7 @@ class Row:
     end_bytes: int | None = None
     reserved_bytes: int | None = None
     gradient_bytes: int | None = None
+    predicted_peak_bytes: int | None = None
     step_seconds: float | None = None
     step_seconds_rounds: list[float] = field(default_factory=list)
     cpu_seconds: float | None = None

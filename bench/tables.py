@@ -32,7 +32,7 @@ def environment(results: dict[str, Any]) -> str:
 
 def case_table(rows: Rows, case: str) -> str:
     """Every peer of one case."""
-    columns = ("peer", "budget MiB", "peak MiB", "peak / Inductor", "step s",
+    columns = ("peer", "budget MiB", "predicted MiB", "peak MiB", "peak / Inductor", "step s",
                "step / Inductor", "CPU s", "first step s", "gradient error")  # fmt: skip
     return markdown(columns, [_case_line(rows, key) for key in rows if key[0] == case])
 
@@ -40,10 +40,11 @@ def case_table(rows: Rows, case: str) -> str:
 def _case_line(rows: Rows, key: tuple[str, str]) -> list[str]:
     row = rows[key]
     if row["status"] != "ok":
-        return [key[1], f"{row['status']}: {_one_line(row['error'])}", *[""] * 7]
+        return [key[1], f"{row['status']}: {_one_line(row['error'])}", *[""] * 8]
     return [
         key[1],
         _budget(row["memory_budget"]),
+        _mib(row.get("predicted_peak_bytes")),
         _mib(row["peak_bytes"]) + (" (over)" if is_over_budget(row) else ""),
         _figure(relative(rows, key, "peak_bytes"), ".3f"),
         _figure(row["step_seconds"], ".3f"),
@@ -115,8 +116,8 @@ def _budget(budget: int | float | str | None) -> str:
     return _mib(budget) if isinstance(budget, int) else str(budget)
 
 
-def _mib(nbytes: int) -> str:
-    return f"{nbytes / MIB:.1f}"
+def _mib(nbytes: int | None) -> str:
+    return "-" if nbytes is None else f"{nbytes / MIB:.1f}"
 
 
 def _figure(value: float | None, form: str) -> str:

@@ -15,6 +15,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor, nn
 
+import memopt
 from bench.cases import Case
 from bench.meter import Meter
 from bench.peers import Peer
@@ -56,6 +57,7 @@ class Prepared:
     end_bytes: int
     reserved_bytes: int | None
     gradient_bytes: int
+    predicted_peak_bytes: int | None
     first_step_seconds: float
     step_seconds: float
     loss: float
@@ -138,11 +140,13 @@ class Session:
         with Meter(self.job.device) as meter:
             self._step()
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+        gradient_bytes = sum(grad.untyped_storage().nbytes() for grad in grads)
         return Prepared(
             peak_bytes=meter.peak_bytes,
             end_bytes=meter.end_bytes,
             reserved_bytes=meter.reserved_bytes,
-            gradient_bytes=sum(grad.untyped_storage().nbytes() for grad in grads),
+            gradient_bytes=gradient_bytes,
+            predicted_peak_bytes=self._predicted_peak_bytes(),
             first_step_seconds=first_step_seconds,
             step_seconds=step_seconds,
             loss=loss.item(),
@@ -159,6 +163,14 @@ class Session:
             return None
         expected: Gradients = torch.load(self.job.reference, map_location=self.job.device)
         return relative_error(actual, expected)
+
+    def _predicted_peak_bytes(self) -> int | None:
+        """What memopt says of its own peak, to compare with the allocator's word."""
+        if self.job.peer.compiler != "memopt":
+            return None
+        inputs: dict[str, Any] = dict(self.inputs)
+        options = {"memory_budget": self.job.memory_budget}
+        return memopt.explain(self.module, **inputs, options=options).predicted_peak_bytes
 
     def time(self, steps: int) -> list[tuple[float, float]]:
         """Wall-clock and process seconds of each of ``steps`` steps, after one to warm up."""
