@@ -80,7 +80,7 @@ def compile_graph(
         compiled = lower_eagerly(gm, inputs, split)
         diagnosis.require_fit(split, certificate=None)
         return _finish(compiled, split, None, observe)
-    margin = 0
+    margin: int | None = None
     bounded = config.memory_budget.kind != "none"
     for _ in range(_MAX_ATTEMPTS):
         split = Splitter(
@@ -142,7 +142,7 @@ def _warn_of_earlier_graphs(split: Splitter, gradient_bytes: int) -> None:
         warnings.warn(text, stacklevel=2)
 
 
-def _cache_key(config: Config, held_bytes: int, margin_bytes: int) -> str:
+def _cache_key(config: Config, held_bytes: int, margin_bytes: int | None) -> str:
     pipelines = [
         Pipeline(stage, passes).uuid(config)
         for stage, passes in (("pre_grad", PRE_GRAD), ("joint", JOINT), ("post_grad", POST_GRAD))

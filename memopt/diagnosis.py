@@ -29,12 +29,12 @@ def next_margin_bytes(split: Splitter, certificate: Certificate | str | None) ->
     the budget less that gap. Where the gap was allowed for already, aim visibly lower.
     """
     overshoot, limit = overshoot_bytes(split, certificate), limit_bytes(split) or 0
-    if not split.outcomes or not isinstance(certificate, Certificate):
-        return split.margin_bytes + overshoot + limit // 64
-    gap = certificate.peak_bytes - split.outcomes[-1].chosen.peak_bytes
-    if gap > split.margin_bytes:
-        return gap + gap // 64
-    return split.margin_bytes + overshoot + limit // 64
+    margin = split.margin_bytes or 0
+    if split.outcomes and isinstance(certificate, Certificate):
+        gap = certificate.peak_bytes - split.outcomes[-1].chosen.peak_bytes
+        if gap > margin:
+            return gap + gap // 64
+    return margin + overshoot + limit // 64
 
 
 def limit_bytes(split: Splitter) -> int | None:

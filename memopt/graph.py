@@ -116,6 +116,9 @@ def is_random(node: fx.Node) -> bool:
 READ_ONCE = "memopt_read_once"
 """Set in ``node.meta`` where what the node reads has another value when the backward runs."""
 
+INLINED = "memopt_inlined"
+"""Set in ``node.meta`` where the planner takes the value to be computed inside its readers."""
+
 
 def is_recomputable(node: fx.Node) -> bool:
     """Whether running the node a second time is certain to give the same value.
@@ -149,6 +152,15 @@ def op_kind(node: fx.Node) -> OpKind:
         }:
             return OpKind.REDUCTION
     return OpKind.EXTERN
+
+
+def stretches(graph: fx.Graph) -> dict[fx.Node, int]:
+    """For each node, how many library calls run before it."""
+    before, count = {}, 0
+    for node in graph.nodes:
+        before[node] = count
+        count += op_kind(node) is OpKind.EXTERN
+    return before
 
 
 def storage_nbytes(tensor: torch.Tensor) -> tuple[int, Any]:

@@ -25,11 +25,13 @@ class Liveness:
         lives: every life of every storage. A saved storage has one life in each half, which
             meet at the boundary; a recomputed one dies in the forward and is born again.
         workspace: scratch bytes by step.
+        inlined: by half, nodes whose values are computed inside their readers, never written.
     """
 
     schedule: Schedule
     lives: tuple[Life, ...]
     workspace: tuple[int, ...]
+    inlined: tuple[frozenset[int], frozenset[int]]
 
     @cached_property
     def live_bytes(self) -> list[int]:
@@ -104,7 +106,10 @@ def analyse(schedule: Schedule, workspace: Sequence[int], *, fused: bool) -> Liv
     )
     steps = (*schedule.forward, *schedule.backward)
     return Liveness(
-        schedule, (*forward.lives(), *backward.lives()), tuple(workspace[i] for i in steps)
+        schedule,
+        (*forward.lives(), *backward.lives()),
+        tuple(workspace[i] for i in steps),
+        (frozenset(forward.reads), frozenset(backward.reads)),
     )
 
 

@@ -53,6 +53,7 @@ class Half:
         self.first: list[int] = []
         self.last: list[int] = []
         self.value: dict[int, dict[int, int]] = {}
+        self.reads: dict[int, set[int]] = {}  # what inlined values are computed from
         shared: dict[int, int] = {}
         for i in held:
             for s in storages_of(joint, (i,)):
@@ -112,7 +113,6 @@ class FusedHalf(Half):
         kept = tuple(kept)
         self.written = read_by_library_calls(joint, order) | storages_of(joint, kept)
         self.readers = _count_readers(joint, order)
-        self.reads: dict[int, set[int]] = {}
         self.loops: list[tuple[int, int]] = []
         super().__init__(joint, order, start=start, held=held, kept=kept)
 
@@ -141,9 +141,10 @@ class FusedHalf(Half):
         return super().lives()
 
     def _reuse_in_place(self) -> None:
-        """A loop writes its result over an input of the same size that dies there."""
+        """A loop writes its result over a value of its own, of the same size, that dies there."""
         storages = self.joint.storages
-        spared = {life for i in self.kept for life in self.value.get(i, {}).values()}
+        callers = (*self.kept, *self.joint.tangents)
+        spared = {life for i in callers for life in self.value.get(i, {}).values()}
         dying: dict[tuple[int, int], list[int]] = {}
         for life, step in enumerate(self.last):
             if life not in spared and self.first[life] < step:

@@ -13,6 +13,7 @@ solving it by block is Rockmate (Zhao et al., 2023); a knapsack over saved bytes
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 
 from memopt.problem import Candidate, Problem
 from memopt.regions import Tables, tabulate
@@ -48,6 +49,7 @@ class Search:
         self.problem = problem
         self.solver = solver
         self.started = time.perf_counter()
+        self.time_limit = time_limit
         self.deadline = self.started + time_limit
         self.everything_kept = problem.keep_everything()
         if fastest is None:
@@ -67,7 +69,7 @@ class Search:
         found = [c for c in self.tables.levels if c.peak_bytes <= budget_bytes]
         found.extend(self._mixed(budget_bytes))
         if not found:
-            floor = self.floor()
+            floor = self.floor
             if floor.peak_bytes > budget_bytes:
                 return None
             found = [floor]
@@ -75,8 +77,10 @@ class Search:
         spent = [self._spend(start, budget_bytes) for start in found[:_MAX_STARTS]]
         return min(spent, key=lambda c: (c.seconds, c.peak_bytes))
 
+    @cached_property
     def floor(self) -> Candidate:
-        """The plan of least peak that the search can find."""
+        """The plan of least peak that the search can find; has a time limit of its own."""
+        self.deadline = max(self.deadline, time.perf_counter() + self.time_limit)
         tables = self.tables
         found = list(tables.levels)
         choice = lowest_peak(tables, self._left())

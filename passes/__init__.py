@@ -7,9 +7,11 @@ if __name__ != "memopt.passes":
     raise ImportError(f"import memopt.passes, not {__name__}: it would be loaded a second time")
 
 from memopt.passes.clone_mutated_inputs import CloneMutatedInputs
+from memopt.passes.early_products import EarlyProducts
+from memopt.passes.unshare_readers import UnshareReaders
 from memopt.pipeline import Pass
 
 PRE_GRAD: tuple[Pass, ...] = ()
 JOINT: tuple[Pass, ...] = (CloneMutatedInputs(),)
-POST_GRAD: tuple[Pass, ...] = ()
+POST_GRAD: tuple[Pass, ...] = (UnshareReaders(), EarlyProducts())
 INFERENCE: tuple[Pass, ...] = ()

@@ -82,7 +82,7 @@ def test_a_plan_is_legal_within_budget_and_no_dearer_than_any_uniform_level(
     for budget in map(every.between, FRACTIONS):
         plan = search.plan(budget)
         if plan is None:
-            assert search.floor().peak_bytes > budget
+            assert search.floor.peak_bytes > budget
             continue
         assert plan.peak_bytes <= budget
         assert is_legal(plan.liveness.schedule, every.problem)
@@ -94,7 +94,7 @@ def test_a_plan_is_legal_within_budget_and_no_dearer_than_any_uniform_level(
 
 def test_no_plan_beats_brute_force(every: Exhausted) -> None:
     search = Search(every.problem)
-    assert search.floor().peak_bytes >= every.lowest_bytes
+    assert search.floor.peak_bytes >= every.lowest_bytes
     for budget in map(every.between, FRACTIONS):
         plan = search.plan(budget)
         if plan is not None:
@@ -154,5 +154,5 @@ def test_a_random_draw_runs_once_at_the_lowest_budget(name: str) -> None:
         if not problem.joint.recomputable[i] and n.op == "call_function"
     }
     assert len(draws) == 2
-    floor = Search(problem).floor()
+    floor = Search(problem).floor
     assert not draws & set(floor.liveness.schedule.recomputed)

@@ -32,6 +32,7 @@ def results(tmp_path: Path) -> Write:
             budget = PEERS[peer].memory_budget
             row.memory_budget = 85 * MIB if isinstance(budget, PeakOf) else budget
             row.peak_bytes = int(scale * (200 - 10 * index) * MIB)
+            row.predicted_peak_bytes = row.peak_bytes if peer.startswith("memopt") else None
             row.step_seconds, row.cpu_seconds = 1.0 + index / 10, 2.0
             row.first_step_seconds, row.gradient_error = 30.0, 1e-6
             rows.append(row.to_dict())
@@ -127,8 +128,8 @@ def test_plot_writes_pictures_page_and_readme_table(results: Write, tmp_path: Pa
     assert picture.read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "docs" / "results.md").read_text()
     assert "| memopt min | min |" in page
-    assert "| memopt @ half of inductor | 85.0 | 90.0 (over) |" in page
-    assert "| memopt @ inductor+checkpoint | 85.0 | 80.0 |" in page
+    assert "| memopt @ half of inductor | 85.0 | 90.0 | 90.0 (over) |" in page
+    assert "| memopt @ inductor+checkpoint | 85.0 | 80.0 | 80.0 |" in page
     assert "failed: a \\| b c" in page
     assert "| inductor | 60.0 | 6.0 |" in page
     text = readme.read_text()
