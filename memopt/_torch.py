@@ -35,6 +35,7 @@ from torch._functorch.partitioners import (
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.choices import InductorChoices
+from torch._inductor.codecache import write_atomic
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import (
     CustomGraphPass,
@@ -43,6 +44,7 @@ from torch._inductor.custom_graph_pass import (
 )
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.virtualized import V
 from torch._logging._internal import trace_structured
 from torch._ops import OpOverload
@@ -63,6 +65,7 @@ __all__ = [
     "OpOverload",
     "TorchDispatchMode",
     "aot_autograd",
+    "cache_dir",
     "capture_output_code",
     "choose_saved_values_set",
     "classify_nodes",
@@ -92,6 +95,7 @@ __all__ = [
     "select_decomp_table",
     "thread_graphsafe_rng_from_hops",
     "trace_structured",
+    "write_atomic",
 ]
 
 inductor_handlers = V

@@ -12,13 +12,14 @@ from torch import fx
 from memopt import diagnosis
 from memopt._torch import get_hash_for_files, list_mode_options
 from memopt._versions import __version__
-from memopt.certify import Certificate, certify
+from memopt.certify import certify
 from memopt.config import Config
 from memopt.device import device_spec
 from memopt.ledger import LEDGER
 from memopt.lowering import Compiled, lower_eagerly, lower_with_inductor
 from memopt.passes import INFERENCE, JOINT, POST_GRAD, PRE_GRAD
 from memopt.pipeline import PassContext, Pipeline
+from memopt.proofs import Proof, recall, remember
 from memopt.record import GraphRecord
 from memopt.remarks import RemarkKind
 from memopt.splitting import Splitter
@@ -78,55 +79,62 @@ def compile_graph(
     if config.lowering == "eager":
         split = Splitter(config, ctx, held)
         compiled = lower_eagerly(gm, inputs, split)
-        diagnosis.require_fit(split, certificate=None)
-        return _finish(compiled, split, None, observe)
-    margin: int | None = None
-    bounded = config.memory_budget.kind != "none"
-    for _ in range(_MAX_ATTEMPTS):
-        split = Splitter(
-            config, PassContext(config, [*ctx.remarks], {**ctx.rewrites}), held, margin
-        )
+        proof = Proof.of(split, None)
+    else:
+        margin: int | None = None
+        for _ in range(_MAX_ATTEMPTS):
+            split = Splitter(
+                config, PassContext(config, [*ctx.remarks], {**ctx.rewrites}), held, margin
+            )
+            compiled, proof = _lower(gm, inputs, split, observe)
+            if proof.overshoot_bytes <= 0 or not proof.fits:
+                break
+            margin = proof.next_margin_bytes(margin or 0)
+            log.info("the code is %d bytes over the budget: again", proof.overshoot_bytes)
+    diagnosis.require_fit(split, proof)
+    if config.memory_budget.kind != "none" and isinstance(proof.certificate, str):
+        log.warning("the budget is met by the estimate only: %s", proof.certificate)
+    if split.outcomes or proof.planned_peak_bytes is not None:
+        log.info("%s", diagnosis.one_line(split, proof))
+    if observe is not None:
+        observe(diagnosis.make_record(split, proof))
+    if config.memory_budget.kind != "bytes" or proof.planned_peak_bytes is None:
+        return compiled
+    _warn_of_earlier_graphs(split, proof.gradient_bytes)
+    return LEDGER.tracked(
+        compiled, proof.saved_bytes + proof.output_bytes, proof.backward_peak_bytes
+    )
+
+
+def _lower(
+    gm: fx.GraphModule, inputs: Sequence[Any], split: Splitter, observe: Observer | None
+) -> tuple[Compiled, Proof]:
+    """Lower with Inductor, and prove what the code allocates or recall the proof."""
+    config = split.config
+    key = _cache_key(config, split.held_bytes, split.margin_bytes)
+    looked_at = observe is not None or config.memory_budget.kind != "none"
+    for trust_cache in (observe is None, False):
         codes: list[str] = []
         compiled = lower_with_inductor(
             gm,
             inputs,
             split,
-            key=_cache_key(config, held, margin),
+            key=key,
             patches=_patches(config),
-            sink=codes.append if bounded or observe is not None else None,
-            trust_cache=observe is None,
+            sink=codes.append if looked_at else None,
+            trust_cache=trust_cache,
         )
-        certificate = certify(codes, granularity=_granularity(split)) if codes else None
-        overshoot = diagnosis.overshoot_bytes(split, certificate)
-        if overshoot <= 0 or (split.outcomes and not split.outcomes[-1].fits):
+        if split.outcomes or not codes:
             break
-        margin = diagnosis.next_margin_bytes(split, certificate)
-        log.info("the emitted code is %d bytes over the budget: planning again", overshoot)
-    diagnosis.require_fit(split, certificate)
-    if bounded and isinstance(certificate, str):
-        log.warning("the budget is met by the estimate only, not certified: %s", certificate)
-    return _finish(compiled, split, certificate, observe)
-
-
-def _finish(
-    compiled: Compiled,
-    split: Splitter,
-    certificate: Certificate | str | None,
-    observe: Observer | None,
-) -> Compiled:
-    for outcome in split.outcomes:
-        log.info("%s", diagnosis.one_line(outcome, certificate))
-    if observe is not None:
-        observe(diagnosis.make_record(split, certificate))
-    if split.config.memory_budget.kind != "bytes" or not split.outcomes:
-        return compiled
-    liveness = split.outcomes[-1].chosen.liveness
-    _warn_of_earlier_graphs(split, liveness.gradient_bytes)
-    saved = liveness.saved_bytes
-    peak = liveness.backward_peak_bytes
-    if isinstance(certificate, Certificate):
-        saved, peak = certificate.saved_bytes, certificate.peak_bytes
-    return LEDGER.tracked(compiled, saved + liveness.output_bytes, peak)
+        if trust_cache and (proof := recall(key, codes)):
+            return compiled, proof
+        if len(codes) == 1:  # inference: nothing to plan
+            break
+    certificate = certify(codes, granularity=_granularity(split)) if codes else None
+    proof = Proof.of(split, certificate)
+    if codes:
+        remember(key, codes, proof)
+    return compiled, proof
 
 
 def _warn_of_earlier_graphs(split: Splitter, gradient_bytes: int) -> None:

@@ -54,21 +54,20 @@ class CostModel:
             return 0.0
         if kind is OpKind.EXTERN and self.measured:
             return self._measure(node)
-        moved = sum(_nbytes(t) for n in (node, *node.all_input_nodes) for t in _values(n))
+        touched = [t for n in (node, *node.all_input_nodes) for t in _values(n)]
         if kind is OpKind.EXTERN:
-            seconds = self._roofline(_flops(node), moved, _dtype(node))
+            seconds = self._roofline(_flops(node), sum(map(_nbytes, touched)), _dtype(node))
             if "attention" in packet_name(node.target):
                 reached = _ATTENTION_EFFICIENCY.get(self.device.name, _OTHER_ATTENTION_EFFICIENCY)
                 seconds *= _LIBRARY_EFFICIENCY / reached
             return seconds + self.device.launch_seconds
         name = packet_name(node.target).rpartition(".")[2]
         factor = _SLOW_FACTOR if name in _SLOW_ELEMENTWISE else 1.0
-        elements = max(
-            (t.numel() for n in (node, *node.all_input_nodes) for t in _values(n)), default=0
-        )
-        arithmetic = 8.0 * factor * size_hint(elements) / self.device.flops_for("float32")
+        elements = max((size_hint(t.numel()) for t in touched), default=0)
+        arithmetic = 8.0 * factor * elements / self.device.flops_for("float32")
         if self.fused:
             return arithmetic
+        moved = sum(map(_nbytes, touched))
         return max(arithmetic, moved / self.device.bandwidth) + self.device.launch_seconds
 
     def traffic_seconds(self, nbytes: int) -> float:

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from memopt.certify import Certificate
 from memopt.errors import BudgetInfeasibleError
 from memopt.graph import source_line
+from memopt.proofs import Proof
 from memopt.record import GraphRecord
 from memopt.remarks import RemarkKind
 from memopt.splitting import Outcome, Splitter
@@ -14,48 +14,17 @@ from memopt.units import format_bytes
 _HOLDERS_SHOWN = 5
 
 
-def overshoot_bytes(split: Splitter, certificate: Certificate | str | None) -> int:
-    """How far the emitted code is over the budget; 0 or less where it is not, or unknown."""
-    if not isinstance(certificate, Certificate):
-        return 0
-    limit = limit_bytes(split)
-    return 0 if limit is None else certificate.peak_bytes - limit
-
-
-def next_margin_bytes(split: Splitter, certificate: Certificate | str | None) -> int:
-    """How far below the budget to aim next, after the emitted code overshot.
-
-    The gap between the code and the model is what the model does not see; the next plan may use
-    the budget less that gap. Where the gap was allowed for already, aim visibly lower.
-    """
-    overshoot, limit = overshoot_bytes(split, certificate), limit_bytes(split) or 0
-    margin = split.margin_bytes or 0
-    if split.outcomes and isinstance(certificate, Certificate):
-        gap = certificate.peak_bytes - split.outcomes[-1].chosen.peak_bytes
-        if gap > margin:
-            return gap + gap // 64
-    return margin + overshoot + limit // 64
-
-
-def limit_bytes(split: Splitter) -> int | None:
-    """The bound on the graph at hand: the planner's, or the budget where it did not run."""
-    if split.outcomes:
-        return split.outcomes[-1].limit_bytes
-    budget = split.config.memory_budget
-    return int(budget.value) - split.held_bytes if budget.kind == "bytes" else None
-
-
-def require_fit(split: Splitter, certificate: Certificate | str | None) -> None:
+def require_fit(split: Splitter, proof: Proof) -> None:
     """Check the proof where there is one, the model's word where there is none.
 
     Raises:
         BudgetInfeasibleError: the step does not fit, whatever is recomputed.
     """
-    limit = limit_bytes(split)
+    limit = proof.limit_bytes
     if limit is None:
         return
-    if isinstance(certificate, Certificate):
-        peak, timeline = certificate.peak_bytes, certificate.timeline
+    if proof.emitted is not None:
+        peak, timeline = proof.emitted.peak_bytes, proof.emitted.timeline
     elif split.outcomes and not split.outcomes[-1].fits:
         floor = split.outcomes[-1].chosen
         peak, timeline = floor.peak_bytes, floor.liveness.timeline("floor")
@@ -113,36 +82,36 @@ def _at(source: str) -> str:
     return f" at {source}" if source else ""
 
 
-def one_line(outcome: Outcome, certificate: Certificate | str | None) -> str:
+def one_line(split: Splitter, proof: Proof) -> str:
     """The log line of one graph: bytes before and after."""
-    peak = outcome.chosen.peak_bytes
-    proof = "estimated"
-    if isinstance(certificate, Certificate):
-        peak, proof = certificate.peak_bytes, "certified"
+    emitted = proof.emitted
+    peak = emitted.peak_bytes if emitted else proof.planned_peak_bytes or 0
+    now = f"{format_bytes(peak)} ({'certified' if emitted else 'estimated'})"
+    if not split.outcomes:
+        return f"peak {now}, from the compile cache"
+    outcome = split.outcomes[-1]
     return (
-        f"peak {format_bytes(outcome.search.everything_kept.peak_bytes)} -> {format_bytes(peak)} "
-        f"({proof}), saved {format_bytes(outcome.chosen.liveness.saved_bytes)}, recompute "
+        f"peak {format_bytes(outcome.search.everything_kept.peak_bytes)} -> {now}, "
+        f"saved {format_bytes(outcome.chosen.liveness.saved_bytes)}, recompute "
         f"{1e3 * outcome.chosen.recompute_seconds:.1f} ms of "
         f"{1e3 * outcome.problem.forward_seconds:.1f} ms forward, "
         f"planned in {outcome.seconds:.2f} s by {outcome.chosen.origin}"
     )
 
 
-def make_record(split: Splitter, certificate: Certificate | str | None) -> GraphRecord:
+def make_record(split: Splitter, proof: Proof) -> GraphRecord:
     """Everything that a report says about one graph."""
-    ctx = split.ctx
-    certified = isinstance(certificate, Certificate)
-    if isinstance(certificate, str):
-        ctx.remark("backend", RemarkKind.MISSED, f"not certified: {certificate}")
+    ctx, emitted = split.ctx, proof.emitted
+    if isinstance(proof.certificate, str):
+        ctx.remark("backend", RemarkKind.MISSED, f"not certified: {proof.certificate}")
     shared = {
         "id": "graph",
         "lowering": split.config.lowering,
-        "certified": certified or split.config.lowering == "eager",
+        "certified": emitted is not None or split.config.lowering == "eager",
         "held_bytes": split.held_bytes,
         "rewrites": dict(ctx.rewrites),
         "remarks": tuple(ctx.remarks),
     }
-    emitted = certificate if isinstance(certificate, Certificate) else None
     if not split.outcomes:
         peak = emitted.peak_bytes if emitted else 0
         return GraphRecord(
@@ -150,7 +119,7 @@ def make_record(split: Splitter, certificate: Certificate | str | None) -> Graph
             training=False,
             baseline_peak_bytes=peak,
             predicted_peak_bytes=peak,
-            budget_bytes=limit_bytes(split),
+            budget_bytes=proof.limit_bytes,
             saved_bytes=0,
             recompute_seconds=0.0,
             forward_seconds=0.0,

@@ -4,8 +4,10 @@ Node ``i`` is the ``i``-th node of the joint graph; storage ``s`` is an alias cl
 A storage, not a tensor, is what is live: views cost nothing and keep their base alive.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import fx
@@ -69,6 +71,15 @@ class JointGraph:
     def __len__(self) -> int:
         """Number of nodes."""
         return len(self.nodes)
+
+    @cached_property
+    def parts(self) -> dict[int, list[int]]:
+        """For each node whose tuple is taken apart, the ``getitem`` nodes that do so."""
+        parts: dict[int, list[int]] = {}
+        for i, node in enumerate(self.nodes):
+            if node.target is operator.getitem:
+                parts.setdefault(self.inputs[i][0], []).append(i)
+        return parts
 
 
 def index_joint_graph(

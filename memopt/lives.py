@@ -5,7 +5,9 @@ value that only loops read is never written to memory; its readers compute it fr
 as Inductor does.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 from memopt.graph import OpKind
 from memopt.joint import JointGraph
@@ -72,15 +74,17 @@ class Half:
 
     def made(self, step: int, i: int) -> dict[int, int]:
         """The lives behind a node's value: opened here, or those of the value it is a view of."""
-        fresh = {s: self._open(s, step) for s in self.joint.allocates[i]}
-        if len(fresh) < len(self.joint.storage_of[i]):
-            for u in self.joint.inputs[i]:
-                known = self.value.get(u, {})
-                fresh.update(
-                    (s, known[s])
-                    for s in self.joint.storage_of[i]
-                    if s in known and s not in fresh
-                )
+        joint = self.joint
+        fresh = {s: self._open(s, step) for s in joint.allocates[i]}
+        if len(fresh) == len(joint.storage_of[i]):
+            return fresh
+        for u in joint.inputs[i]:
+            known = self.value.get(u, {})
+            if not fresh and joint.storage_of[u] == joint.storage_of[i]:
+                return known  # shared, as it never changes
+            fresh.update(
+                (s, known[s]) for s in joint.storage_of[i] if s in known and s not in fresh
+            )
         return fresh
 
     def lives(self) -> list[Life]:
@@ -112,26 +116,29 @@ class FusedHalf(Half):
     ) -> None:
         kept = tuple(kept)
         self.written = read_by_library_calls(joint, order) | storages_of(joint, kept)
-        self.readers = _count_readers(joint, order)
+        self.readers = Counter(chain.from_iterable(joint.inputs[i] for i in order))
         self.loops: list[tuple[int, int]] = []
         super().__init__(joint, order, start=start, held=held, kept=kept)
 
     def visit(self, step: int, i: int) -> None:
         joint, kind = self.joint, self.joint.kind[i]
+        if kind is OpKind.VIEW:
+            base = joint.inputs[i][0]
+            if base in self.reads:
+                self.reads[i] = self.reads[base]
+            else:
+                self.value[i] = self.made(step, i)
+            return
         sources: set[int] = set()
         for u in joint.inputs[i]:
-            sources |= self.reads.get(u) or set(self.value.get(u, {}).values())
-        if kind is OpKind.VIEW and joint.inputs[i][0] in self.reads:
-            self.reads[i] = self.reads[joint.inputs[i][0]]
-            return
+            sources.update(self.reads.get(u) or self.value.get(u, {}).values())
         if kind is OpKind.POINTWISE and not self.written.intersection(joint.allocates[i]):
-            limit = _MAX_READS_SHARED if self.readers.get(i, 0) > 1 else _MAX_READS
+            limit = _MAX_READS_SHARED if self.readers[i] > 1 else _MAX_READS
             if len(sources) <= limit:
                 self.reads[i] = sources
                 return
-        if kind is not OpKind.VIEW:
-            for life in sources:
-                self.last[life] = step
+        for life in sources:
+            self.last[life] = step
         self.value[i] = self.made(step, i)
         if kind is OpKind.POINTWISE:
             self.loops += [(step, self.value[i][s]) for s in joint.allocates[i]]
@@ -164,11 +171,3 @@ def read_by_library_calls(joint: JointGraph, order: Iterable[int]) -> set[int]:
         for u in joint.inputs[i]
         for s in joint.storage_of[u]
     }
-
-
-def _count_readers(joint: JointGraph, order: Sequence[int]) -> dict[int, int]:
-    readers: dict[int, int] = {}
-    for i in order:
-        for u in joint.inputs[i]:
-            readers[u] = readers.get(u, 0) + 1
-    return readers

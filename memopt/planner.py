@@ -23,8 +23,7 @@ from memopt.solve import lowest_peak, solve_exact, solve_greedy
 # safety net for very large graphs only.
 _MAX_LEVELS = 24
 _MAX_TIGHTEN = 6
-_MAX_SPENDS = 40
-_MAX_STARTS = 3
+_MAX_SPENDS = 28
 _MAX_DESCENT = 60
 
 
@@ -66,16 +65,14 @@ class Search:
         """
         if budget_bytes is None or self.fastest.peak_bytes <= budget_bytes:
             return self.fastest
-        found = [c for c in self.tables.levels if c.peak_bytes <= budget_bytes]
-        found.extend(self._mixed(budget_bytes))
-        if not found:
-            floor = self.floor
-            if floor.peak_bytes > budget_bytes:
-                return None
-            found = [floor]
-        found.sort(key=lambda c: (c.seconds, c.peak_bytes))
-        spent = [self._spend(start, budget_bytes) for start in found[:_MAX_STARTS]]
-        return min(spent, key=lambda c: (c.seconds, c.peak_bytes))
+        levels = [c for c in self.tables.levels if c.peak_bytes <= budget_bytes]
+        starts = [
+            min(found, key=_cost) for found in (levels, [*self._mixed(budget_bytes)]) if found
+        ]
+        if not starts and self.floor.peak_bytes <= budget_bytes:
+            starts = [self.floor]
+        spent = [self._spend(start, budget_bytes) for start in starts]
+        return min(spent, key=_cost, default=None)
 
     @cached_property
     def floor(self) -> Candidate:
@@ -182,7 +179,7 @@ class Search:
         return [self.everything_kept, *found]
 
     def _spend(self, start: Candidate, budget_bytes: int) -> Candidate:
-        """(4) Save more, dearest recomputation per byte first, in shrinking batches."""
+        """(4) Save more, dearest recomputation per byte first, in batches that adapt."""
         problem, best = self.problem, start
         wanted = sorted(
             (
@@ -198,7 +195,7 @@ class Search:
             spends += 1
             trial = problem.evaluate(best.saved | set(wanted[at : at + batch]), best.origin)
             if trial.peak_bytes <= budget_bytes and trial.seconds < best.seconds:
-                best, at = trial, at + batch
+                best, at, batch = trial, at + batch, 2 * batch
             elif batch > 1:
                 batch = (batch + 1) // 2
             else:
@@ -207,3 +204,7 @@ class Search:
 
     def _left(self) -> float:
         return self.deadline - time.perf_counter()
+
+
+def _cost(candidate: Candidate) -> tuple[float, int]:
+    return candidate.seconds, candidate.peak_bytes

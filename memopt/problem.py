@@ -1,6 +1,6 @@
 """The planning problem: prices of saving and recomputing each node, and exact evaluation."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,7 +10,7 @@ from memopt.graph import OpKind, tensors
 from memopt.joint import JointGraph
 from memopt.liveness import Liveness, analyse
 from memopt.lives import read_by_library_calls, storages_of
-from memopt.mincut import cheapest_saved_set
+from memopt.mincut import SavedSetNetwork
 from memopt.schedule import make_schedule
 
 INFINITE = float("inf")
@@ -152,23 +152,28 @@ class Problem:
             b if b in (0.0, INFINITE) else b * (price(i) + traffic)
             for i, b in enumerate(self.save_bytes)
         ]
-        chosen = cheapest_saved_set(self.joint.inputs, self.needed, save, self.recompute_price)
-        return frozenset(i for i in chosen if self.joint.kind[i] is not OpKind.INPUT)
+        return self._cheapest(save, self.recompute_price)
 
     def keep_everything(self) -> Candidate:
         """Save every value that the backward reads: nothing but views runs twice."""
         always = [INFINITE if price > 0 else 0.0 for price in self.recompute_price]
-        chosen = cheapest_saved_set(self.joint.inputs, self.needed, self.save_bytes, always)
-        kept = frozenset(i for i in chosen if self.joint.kind[i] is not OpKind.INPUT)
-        return self.evaluate(kept, "everything kept")
+        return self.evaluate(self._cheapest(self.save_bytes, always), "everything kept")
 
     def _repaired(self, saved: Iterable[int]) -> frozenset[int]:
         """The set with the fewest bytes added that leaves nothing forbidden to recompute."""
-        chosen = {i for i in saved if self.joint.kind[i] is not OpKind.INPUT}
+        chosen = frozenset(i for i in saved if self.joint.kind[i] is not OpKind.INPUT)
         save = [0.0 if i in chosen else b for i, b in enumerate(self.save_bytes)]
         free = [p if p == INFINITE else 0.0 for p in self.recompute_price]
-        extra = cheapest_saved_set(self.joint.inputs, self.needed, save, free)
-        return frozenset(chosen | {i for i in extra if self.joint.kind[i] is not OpKind.INPUT})
+        return chosen | self._cheapest(save, free)
+
+    def _cheapest(self, save: Sequence[float], recompute: Sequence[float]) -> frozenset[int]:
+        """The saved set of least cost; what is resident anyway is left out."""
+        chosen = self._network.cheapest(save, recompute)
+        return frozenset(i for i in chosen if self.joint.kind[i] is not OpKind.INPUT)
+
+    @cached_property
+    def _network(self) -> SavedSetNetwork:
+        return SavedSetNetwork(self.joint.inputs, self.needed)
 
     def saved_storages(self, saved: Iterable[int]) -> set[int]:
         """The storages that a saved set holds across the boundary."""

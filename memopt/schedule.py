@@ -1,6 +1,5 @@
 """The order in which the two halves of a step run, given what is saved between them."""
 
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,12 +78,8 @@ def _backward(joint: JointGraph, saved: frozenset[int]) -> list[int]:
 
 def _take_apart_at_once(joint: JointGraph, order: list[int]) -> list[int]:
     """Move every ``getitem`` behind the tuple it takes apart, so that the rest can die."""
-    parts: dict[int, list[int]] = {}
-    for i in order:
-        if joint.nodes[i].target is operator.getitem:
-            parts.setdefault(joint.inputs[i][0], []).append(i)
-    ran = set(order)
-    moved = {i for whole, items in parts.items() if whole in ran for i in items}
+    ran, parts = set(order), joint.parts
+    moved = {i for whole in ran.intersection(parts) for i in parts[whole]}
     result: list[int] = []
     for i in order:
         if i not in moved:
@@ -92,7 +87,7 @@ def _take_apart_at_once(joint: JointGraph, order: list[int]) -> list[int]:
             while stack:
                 node = stack.pop()
                 result.append(node)
-                stack.extend(reversed(parts.get(node, ())))
+                stack.extend(part for part in reversed(parts.get(node, ())) if part in ran)
     return result
 
 

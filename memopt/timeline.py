@@ -1,8 +1,9 @@
 """Live bytes over the schedule of a step: how high, where, and who holds them."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,3 +85,13 @@ class Timeline:
             "steps": [[s.name, s.source, int(s.backward)] for s in self.steps],
             "ranges": [[r.name, r.nbytes, r.first, r.last, r.source, r.role] for r in self.ranges],
         }
+
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any]) -> "Timeline":
+        """The timeline that ``to_dict`` wrote."""
+        steps = tuple(Step(name, source, bool(back)) for name, source, back in body["steps"])
+        ranges = tuple(
+            LiveRange(name=n, nbytes=b, first=f, last=e, source=s, role=r)
+            for n, b, f, e, s, r in body["ranges"]
+        )
+        return cls(body["label"], steps, ranges)

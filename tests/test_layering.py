@@ -22,6 +22,7 @@ LAYERS: tuple[str, ...] = (
     "solve",
     "planner partition certify",
     "splitting",
+    "proofs",
     "lowering diagnosis",
     "backend",
     "explaining",

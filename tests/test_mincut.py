@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memopt.mincut import cheapest_saved_set
+from memopt.mincut import SavedSetNetwork
 from tests.graphs import ancestors
 
 INFINITE = math.inf
@@ -55,7 +55,8 @@ def instances(draw: st.DrawFn, most: int = 9) -> Instance:
 
 
 def solve(instance: Instance) -> frozenset[int]:
-    return cheapest_saved_set(instance.inputs, instance.needed, instance.save, instance.recompute)
+    network = SavedSetNetwork(instance.inputs, instance.needed)
+    return network.cheapest(instance.save, instance.recompute)
 
 
 @settings(max_examples=300)

@@ -1,0 +1,119 @@
+"""How each lowering turned out, remembered beside Inductor's own caches.
+
+A second process that finds its code in the compile cache neither plans nor partitions, so it
+knows neither the bound nor how the code compares with the plan; and replaying the code again
+would give the same bytes. What the first process found is kept under a key of the code and of
+everything that the plan depended on.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from memopt._torch import cache_dir, inductor_config, write_atomic
+from memopt.certify import Certificate
+from memopt.liveness import Liveness
+from memopt.splitting import Splitter
+from memopt.timeline import Timeline
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What one lowering allocates, as planned and as emitted.
+
+    Attributes:
+        certificate: what the emitted code allocates; the reason where that cannot be told; None
+            where no code was asked for.
+        limit_bytes: the bound, less what earlier graphs of the step hold; None without one.
+        fits: whether the planner found a plan under it.
+        planned_peak_bytes: the peak by the planner's model; None where nothing was planned.
+        output_bytes: forward outputs, which the caller may hold.
+        gradient_bytes: what the backward returns.
+        saved_bytes: what the backward alone keeps alive between the halves.
+        backward_peak_bytes: the peak of the backward half, or of the step where that is all
+            that is known.
+    """
+
+    certificate: Certificate | str | None
+    limit_bytes: int | None = None
+    fits: bool = True
+    planned_peak_bytes: int | None = None
+    output_bytes: int = 0
+    gradient_bytes: int = 0
+    saved_bytes: int = 0
+    backward_peak_bytes: int = 0
+
+    @classmethod
+    def of(cls, split: Splitter, certificate: Certificate | str | None) -> "Proof":
+        """The proof of what ``split`` planned last, or of a graph that needed no plan."""
+        if not split.outcomes:
+            budget = split.config.memory_budget
+            bounded = budget.kind == "bytes"
+            return cls(certificate, int(budget.value) - split.held_bytes if bounded else None)
+        outcome = split.outcomes[-1]
+        liveness: Liveness = outcome.chosen.liveness
+        emitted = certificate if isinstance(certificate, Certificate) else None
+        return cls(
+            certificate,
+            outcome.limit_bytes,
+            outcome.fits,
+            outcome.chosen.peak_bytes,
+            liveness.output_bytes,
+            liveness.gradient_bytes,
+            emitted.saved_bytes if emitted else liveness.saved_bytes,
+            emitted.peak_bytes if emitted else liveness.backward_peak_bytes,
+        )
+
+    @property
+    def emitted(self) -> Certificate | None:
+        """The certificate, where there is one."""
+        return self.certificate if isinstance(self.certificate, Certificate) else None
+
+    @property
+    def overshoot_bytes(self) -> int:
+        """How far the emitted code is over the budget; 0 or less where it is not, or unknown."""
+        if self.limit_bytes is None or self.emitted is None:
+            return 0
+        return self.emitted.peak_bytes - self.limit_bytes
+
+    def next_margin_bytes(self, margin_bytes: int) -> int:
+        """How far below the budget to aim next, after the emitted code overshot.
+
+        The gap between the code and the model is what the model does not see; the next plan may
+        use the budget less that gap. Where the gap was allowed for already, aim visibly lower.
+        """
+        if self.planned_peak_bytes is not None and self.emitted is not None:
+            gap = self.emitted.peak_bytes - self.planned_peak_bytes
+            if gap > margin_bytes:
+                return gap + gap // 64
+        return margin_bytes + self.overshoot_bytes + (self.limit_bytes or 0) // 64
+
+
+def recall(key: str, codes: Sequence[str]) -> Proof | None:
+    """The proof that ``remember`` kept, if it did and the file can be read."""
+    try:
+        body = json.loads(_path(key, codes).read_text(encoding="utf-8"))
+        certificate = body.pop("certificate")
+        if isinstance(certificate, dict):
+            timeline = Timeline.from_dict(certificate.pop("timeline"))
+            certificate = Certificate(**certificate, timeline=timeline)
+        return Proof(certificate, **body)
+    except (OSError, ValueError, TypeError, AttributeError, LookupError):
+        return None
+
+
+def remember(key: str, codes: Sequence[str], proof: Proof) -> None:
+    """Keep a proof for later processes, unless it says that nothing fits: that needs the plan."""
+    if not proof.fits or inductor_config.force_disable_caches:
+        return
+    body = asdict(proof)
+    if proof.emitted is not None:
+        body["certificate"]["timeline"] = proof.emitted.timeline.to_dict()
+    write_atomic(str(_path(key, codes)), json.dumps(body), make_dirs=True)
+
+
+def _path(key: str, codes: Sequence[str]) -> Path:
+    digest = hashlib.sha256("\0".join((key, *codes)).encode()).hexdigest()
+    return Path(cache_dir()) / "memopt" / f"{digest}.json"
