@@ -26,6 +26,8 @@ class Peer:
         checkpoint: whether every block runs under `torch.utils.checkpoint`.
         activation_budget: functorch's ``activation_memory_budget``, a share of saved bytes.
         memory_budget: memopt's option of that name; a `PeakOf` is turned into bytes.
+        auto_chunker: whether Inductor's own chunking of losses is on.
+        torch_head: whether head and loss are torch's ``F.linear_cross_entropy``.
     """
 
     name: str
@@ -33,6 +35,8 @@ class Peer:
     checkpoint: bool = False
     activation_budget: float | None = None
     memory_budget: Budget = None
+    auto_chunker: bool = False
+    torch_head: bool = False
 
 
 PEERS: Mapping[str, Peer] = {
@@ -46,6 +50,8 @@ PEERS: Mapping[str, Peer] = {
         Peer(name="inductor 0.3", compiler="inductor", activation_budget=0.3),
         Peer(name="inductor 0.1", compiler="inductor", activation_budget=0.1),
         Peer(name="inductor 0", compiler="inductor", activation_budget=0.0),
+        Peer(name="inductor auto-chunker", compiler="inductor", auto_chunker=True),
+        Peer(name="inductor linear_cross_entropy", compiler="inductor", torch_head=True),
         Peer(name="memopt", compiler="memopt"),
         Peer(name="memopt 0.5", compiler="memopt", memory_budget=0.5),
         Peer(name="memopt min", compiler="memopt", memory_budget="min"),
@@ -67,7 +73,11 @@ PEERS: Mapping[str, Peer] = {
     )
 }
 
-ALL = tuple(PEERS)
+HEADS = (
+    "eager", "inductor", "inductor auto-chunker", "inductor linear_cross_entropy",
+    "memopt", "memopt min",
+)  # fmt: skip
+ALL = tuple(name for name, peer in PEERS.items() if not peer.auto_chunker and not peer.torch_head)
 CORE = (
     "eager", "inductor", "inductor+checkpoint",
     "memopt", "memopt min", "memopt @ half of inductor",

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 import torch._functorch.config
+import torch._inductor.config
 from torch import Tensor, nn
 
 import memopt
 from bench.cases import Case
 from bench.meter import Meter
 from bench.peers import Peer
-from bench.zoo import MODELS, LossOnly, checkpoint_blocks, step
+from bench.zoo import MODELS, LossOnly, TorchHead, checkpoint_blocks, step
 
 Gradients = dict[str, Tensor]
 
@@ -73,7 +74,8 @@ def compile_for(peer: Peer, module: nn.Module, budget: int | float | str | None)
     if peer.compiler == "eager":
         return module
     if peer.compiler == "inductor":
-        return torch.compile(module)
+        torch._inductor.config.auto_chunker.enable = peer.auto_chunker
+        return torch.compile(TorchHead(module) if peer.torch_head else module)
     options: dict[str, Any] = {"memory_budget": budget}
     return torch.compile(module, backend="memopt", options=options)
 

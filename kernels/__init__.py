@@ -5,3 +5,16 @@ Import them as ``memopt.kernels``. The folder is called ``kernels`` only in the 
 
 if __name__ != "memopt.kernels":
     raise ImportError(f"import memopt.kernels, not {__name__}: it would be loaded a second time")
+
+import functools
+from collections.abc import Callable, Mapping
+
+
+@functools.cache
+def scratch_table() -> Mapping[str, Callable[..., int]]:
+    """What each operator allocates besides its results, in bytes, from its arguments."""
+    from memopt.kernels import linear_cross_entropy
+
+    name = "memopt.linear_cross_entropy"
+    forms = (name, f"{name}_rows", f"{name}_rows_backward")
+    return dict.fromkeys(forms, linear_cross_entropy.scratch_bytes)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._C import _set_throw_on_mutable_data_ptr
 from torch._decomp import get_decompositions
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
@@ -92,6 +93,7 @@ __all__ = [
     "mutated_inputs",
     "pytree",
     "raise_getitems",
+    "refuse_data_access",
     "select_decomp_table",
     "thread_graphsafe_rng_from_hops",
     "trace_structured",
@@ -101,6 +103,7 @@ __all__ = [
 inductor_handlers = V
 extract_forward_and_backward = _extract_fwd_bwd_modules
 forward_and_backward_outputs = _extract_fwd_bwd_outputs
+refuse_data_access = _set_throw_on_mutable_data_ptr
 
 
 @contextmanager

@@ -16,9 +16,9 @@ from memopt.certify import certify
 from memopt.config import Config
 from memopt.device import device_spec
 from memopt.ledger import LEDGER
-from memopt.lowering import Compiled, lower_eagerly, lower_with_inductor
+from memopt.lowering import lower_eagerly, lower_with_inductor
 from memopt.passes import INFERENCE, JOINT, POST_GRAD, PRE_GRAD
-from memopt.pipeline import PassContext, Pipeline
+from memopt.pipeline import Compiled, PassContext, Pipeline, configure
 from memopt.proofs import Proof, recall, remember
 from memopt.record import GraphRecord
 from memopt.remarks import RemarkKind
@@ -59,8 +59,11 @@ def read_options(options: Mapping[str, object] | None, *, mode: str | None = Non
     Raises:
         ConfigError: an option is unknown or impossible.
     """
-    known = {p.name: tuple(vars(p)) for p in (*PRE_GRAD, *JOINT, *POST_GRAD, *INFERENCE)}
+    passes = (*PRE_GRAD, *JOINT, *POST_GRAD, *INFERENCE)
+    known = {p.name: tuple(vars(p)) for p in passes}
     config = Config.from_options(options, mode=mode, known_passes=known)
+    for pass_ in passes:
+        configure(pass_, config)
     if config.device is not None:
         device_spec(config.device)
     return config
@@ -98,12 +101,13 @@ def compile_graph(
         log.info("%s", diagnosis.one_line(split, proof))
     if observe is not None:
         observe(diagnosis.make_record(split, proof))
-    if config.memory_budget.kind != "bytes" or proof.planned_peak_bytes is None:
-        return compiled
-    _warn_of_earlier_graphs(split, proof.gradient_bytes)
-    return LEDGER.tracked(
-        compiled, proof.saved_bytes + proof.output_bytes, proof.backward_peak_bytes
-    )
+    if config.memory_budget.kind == "bytes" and proof.planned_peak_bytes is not None:
+        _warn_of_earlier_graphs(split, proof.gradient_bytes)
+        held_bytes = proof.saved_bytes + proof.output_bytes
+        compiled = LEDGER.tracked(compiled, held_bytes, proof.backward_peak_bytes)
+    for wrap in ctx.wrappers:
+        compiled = wrap(compiled)
+    return compiled
 
 
 def _lower(

@@ -35,9 +35,17 @@ class PartitionError(MemoptError, RuntimeError):
     """A partition does not type-check against its joint graph: a bug in memopt."""
 
 
+class StaleLogitsError(MemoptError, RuntimeError):
+    """Logits that were not kept were asked for after what they are computed from had changed."""
+
+
 class UnsupportedVersionError(MemoptError, ImportError):
     """The installed torch or Triton is outside the range that memopt supports."""
 
 
 class MissingExtraError(MemoptError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+class DoubleBackwardError(MemoptError, RuntimeError):
+    """The derivative of a gradient was asked of an operator that has none."""

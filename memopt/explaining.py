@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from memopt._torch import BackendCompilerFailed
 from memopt.backend import compile_graph, read_options
-from memopt.lowering import Compiled
+from memopt.pipeline import Compiled
 from memopt.record import GraphRecord
 from memopt.report import Report
 

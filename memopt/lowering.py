@@ -18,9 +18,8 @@ from memopt._torch import (
 )
 from memopt.fusion import NearbyFusion
 from memopt.graph import aten
+from memopt.pipeline import Compiled
 from memopt.splitting import Splitter
-
-Compiled = Callable[..., Any]
 
 # Reusing a dead buffer for a later one of the same size keeps it allocated in between: across the
 # layers of a backward that holds a layer's largest buffers while nothing needs them.
@@ -104,14 +103,14 @@ def _on_gpu(inputs: Sequence[Any]) -> bool:
 def lower_eagerly(gm: fx.GraphModule, inputs: Sequence[Any], split: Splitter) -> Compiled:
     """Interpret both halves node by node, each value freed after its last use.
 
-    Eager's kernels are kept, but for ``mse_loss``: on the CPU its scalar result keeps a buffer of
-    the inputs' size alive.
+    Eager's kernels are kept, but for ``mse_loss``, whose scalar result on the CPU keeps a buffer
+    of the inputs' size alive, and ``softplus_backward``, whose strides are not the traced ones.
     """
     compiler = aot_autograd(
         fw_compiler=_interpret,
         bw_compiler=_interpret,
         partition_fn=split,
-        decompositions=get_decompositions([aten.mse_loss]),
+        decompositions=get_decompositions([aten.mse_loss, aten.softplus_backward]),
     )
     compiled: Compiled = compiler(gm, inputs)
     return compiled

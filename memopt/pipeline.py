@@ -5,19 +5,22 @@ import hashlib
 import logging
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import fx
 
-from memopt._torch import trace_structured
+from memopt._torch import OpOverload, trace_structured
 from memopt.config import Config
 from memopt.errors import PipelineError
-from memopt.graph import is_mutating
+from memopt.graph import is_mutating, tensors
 from memopt.remarks import Remark, RemarkKind
 
 log = logging.getLogger(__name__)
+
+Compiled = Callable[..., Any]
+_TRACED = {"val", "example_value"}  # what AOTAutograd keeps, and what Dynamo keeps
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,13 @@ class PassContext:
         config: the user's options.
         remarks: what has been said so far, by passes and planner.
         rewrites: number of rewrites so far, by pass name.
+        wrappers: what is to be done to the compiled callable, in order.
     """
 
     config: Config
     remarks: list[Remark] = field(default_factory=list)
     rewrites: dict[str, int] = field(default_factory=dict)
+    wrappers: list[Callable[[Compiled], Compiled]] = field(default_factory=list)
 
     def remark(
         self, pass_name: str, kind: RemarkKind, text: str, node: str = "", source: str = ""
@@ -93,19 +98,19 @@ class Pipeline:
             if not ctx.config.enabled(pass_.name):
                 ctx.remark(pass_.name, RemarkKind.ANALYSIS, "switched off by options['passes']")
                 continue
-            configured = _configure(pass_, ctx.config)
+            configured = configure(pass_, ctx.config)
             before = copy.deepcopy(gm.graph)
-            said = len(ctx.remarks)
+            said, wrapped = len(ctx.remarks), len(ctx.wrappers)
             start = time.perf_counter()
             try:
                 rewrites = configured(gm.graph, ctx)
                 if rewrites:
-                    self._settle(gm)
+                    self._settle(gm, {node.name for node in before.nodes})
             except Exception as error:
                 if ctx.config.strict:
                     raise
                 gm.graph = before
-                del ctx.remarks[said:]
+                del ctx.remarks[said:], ctx.wrappers[wrapped:]
                 self._report_undone(pass_, error, ctx)
                 continue
             ctx.rewrites[pass_.name] = ctx.rewrites.get(pass_.name, 0) + rewrites
@@ -113,16 +118,17 @@ class Pipeline:
 
     def uuid(self, config: Config) -> str:
         """Identity for the compile cache: the enabled passes and their options, in order."""
-        enabled = [repr(_configure(p, config)) for p in self.passes if config.enabled(p.name)]
+        enabled = [repr(configure(p, config)) for p in self.passes if config.enabled(p.name)]
         return hashlib.sha256(repr((self.stage, enabled)).encode()).hexdigest()
 
-    def _settle(self, gm: fx.GraphModule) -> None:
-        gm.graph.eliminate_dead_code(is_impure_node=_is_impure)
+    def _settle(self, gm: fx.GraphModule, known: Collection[str]) -> None:
+        """Tidy and check a rewritten graph; ``known`` are the names of nodes that were there."""
+        _remove_dead_code(gm.graph)
         gm.graph.lint()
         missing = [
             n.name
             for n in gm.graph.nodes
-            if n.op == "call_function" and "val" not in n.meta and "example_value" not in n.meta
+            if n.op.startswith("call") and n.name not in known and not _TRACED & n.meta.keys()
         ]
         if missing:
             raise PipelineError(f"nodes without a traced value: {missing[:5]}")
@@ -151,19 +157,41 @@ class Pipeline:
             )
 
 
-def _configure(pass_: Pass, config: Config) -> Pass:
-    """The pass with the user's options as its fields."""
+def configure(pass_: Pass, config: Config) -> Pass:
+    """The pass with the user's options as its fields.
+
+    Raises:
+        ConfigError: the pass does not take such a value.
+    """
     options = config.pass_options(pass_.name)
     if not options:
         return pass_
     return type(pass_)(**{**vars(pass_), **dict(options)})
 
 
+def _remove_dead_code(graph: fx.Graph) -> None:
+    """Erase what nothing reads.
+
+    Not ``Graph.eliminate_dead_code``: that descends into the bodies of higher-order operators
+    with a rule of its own, which drops the in-place methods of a Dynamo graph.
+    """
+    for node in reversed(list(graph.nodes)):
+        dead = not node.users and node.op not in ("placeholder", "output")
+        if dead and not _is_impure(node):
+            graph.erase_node(node)
+
+
 def _is_impure(node: fx.Node) -> bool:
-    """In-place methods count too: on a Dynamo graph ``x.add_(1)`` is a call_method."""
+    """Whether dead-code elimination must keep a node.
+
+    On a Dynamo graph that is every in-place method, and every function that makes no tensor: it
+    writes into one, or enters or leaves a mode or a level of ``vmap``.
+    """
     if node.op == "call_method":
         name = str(node.target)
         return name.endswith("_") and not name.endswith("__")
     if getattr(node.target, "__name__", "").endswith("_") or is_mutating(node):
         return True
+    if node.op == "call_function" and not isinstance(node.target, OpOverload):
+        return node.is_impure() or not tensors(node.meta.get("example_value"))
     return node.is_impure()

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from memopt._torch import (
     has_recomputable_ops,
     trace_structured,
 )
+from memopt.chunking import halve_chunks
 from memopt.config import Config
 from memopt.cost import CostModel
 from memopt.device import DEVICES, DeviceSpec, device_spec, spec_for_product
@@ -59,7 +60,7 @@ class Outcome:
     chosen: Candidate
     limit_bytes: int | None
     fits: bool
-    seconds: float
+    seconds: float = 0.0
 
     @property
     def plan(self) -> Plan:
@@ -153,7 +154,19 @@ class Splitter:
         return halves
 
     def _plan(self, gm: fx.GraphModule, joint: JointGraph, info: NodeInfo) -> Outcome:
+        """Plan; where the peak is too high in a chunked operator, halve its chunks and again."""
         start = time.perf_counter()
+        outcome = self._search(gm, joint, info)
+        while not outcome.fits or self.config.memory_budget.kind == "min":
+            if not halve_chunks(joint, outcome.chosen):
+                break
+            before = outcome.chosen.peak_bytes
+            outcome = self._search(gm, joint, info)
+            if outcome.chosen.peak_bytes >= before:
+                break
+        return replace(outcome, seconds=time.perf_counter() - start)
+
+    def _search(self, gm: fx.GraphModule, joint: JointGraph, info: NodeInfo) -> Outcome:
         fused = self.config.lowering == "inductor"
         cost = CostModel(device_of(joint, self.config), fused, self.config.cost == "measured")
         problem = Problem(joint, cost)
@@ -178,9 +191,7 @@ class Splitter:
         else:
             margin = int(limit * _FIRST_MARGIN) if fused else 0
             chosen = search.plan(limit - margin) or search.plan(limit)
-        fits = chosen is not None
-        seconds = time.perf_counter() - start
-        return Outcome(problem, search, chosen or search.floor, limit, fits, seconds)
+        return Outcome(problem, search, chosen or search.floor, limit, chosen is not None)
 
 
 def device_of(joint: JointGraph, config: Config) -> DeviceSpec:

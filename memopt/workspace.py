@@ -15,6 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from memopt._torch import OpOverload, disable_modes, pytree, size_hint
+from memopt.kernels import scratch_table
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,9 @@ def workspace_bytes(op: Any, args: Any, kwargs: Any, result: Any) -> int:
     name = str(op.overloadpacket)
     if name in _FORMULAS:
         return _FORMULAS[name](args, result)
+    if op.namespace == "memopt":
+        formula = scratch_table().get(name)
+        return formula(*args) if formula else 0
     if name in _NO_SCRATCH or _is_plain_loop(op, args) or op.namespace not in ("aten", "mkldnn"):
         return 0
     if op._schema.is_mutable or torch.Tag.dynamic_output_shape in op.tags:

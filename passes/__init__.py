@@ -6,12 +6,13 @@ Import them as ``memopt.passes``. The folder is called ``passes`` only in the so
 if __name__ != "memopt.passes":
     raise ImportError(f"import memopt.passes, not {__name__}: it would be loaded a second time")
 
+from memopt.passes.chunk_losses import ChunkLosses
 from memopt.passes.clone_mutated_inputs import CloneMutatedInputs
 from memopt.passes.early_products import EarlyProducts
 from memopt.passes.unshare_readers import UnshareReaders
 from memopt.pipeline import Pass
 
-PRE_GRAD: tuple[Pass, ...] = ()
+PRE_GRAD: tuple[Pass, ...] = (ChunkLosses(),)
 JOINT: tuple[Pass, ...] = (CloneMutatedInputs(),)
 POST_GRAD: tuple[Pass, ...] = (UnshareReaders(), EarlyProducts())
 INFERENCE: tuple[Pass, ...] = ()

@@ -13,12 +13,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS: tuple[str, ...] = (
     "errors remarks timeline units _torch",
-    "_versions budget device record graph plan ledger fusion",
-    "config joint workspace page kernels",
-    "schedule report mincut cost lives",
-    "liveness pipeline",
+    "_versions budget device record graph plan ledger fusion emit lazy_rows",
+    "config joint page kernels lazy_rules",
+    "schedule report mincut workspace lives lazy_logits losses",
+    "liveness pipeline cost",
+    "returned",
     "passes problem",
-    "regions",
+    "regions chunking",
     "solve",
     "planner partition certify",
     "splitting",

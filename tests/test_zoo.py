@@ -70,7 +70,7 @@ def test_gradients_are_eagers_and_the_peak_is_the_promised_one(name: str, budget
     model.load_state_dict(start)
     with Meter("cpu") as meter:
         actual_loss = train_step(compiled, model, inputs)
-    relative = 1e-12 if double else 1e-5
+    relative = 1e-5 if not double else 1e-6 if "float32_loss" in entry.tags else 1e-12
     assert abs(float(actual_loss - loss)) <= relative * max(abs(float(loss)), 1.0)
     assert_close_to_reference(gradients(model), expected, relative)
     if len(report.graphs) == 1 and "graph_break" not in entry.tags:

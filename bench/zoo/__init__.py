@@ -4,7 +4,16 @@
 a configuration, with random weights and random inputs that depend on the seed alone.
 """
 
-from bench.zoo.model import Inputs, LossOnly, Model, Recipe, checkpoint_blocks, loss_of, step
+from bench.zoo.model import (
+    Inputs,
+    LossOnly,
+    Model,
+    Recipe,
+    TorchHead,
+    checkpoint_blocks,
+    loss_of,
+    step,
+)
 from bench.zoo.table import MODELS
 
 __all__ = [
@@ -13,6 +22,7 @@ __all__ = [
     "LossOnly",
     "Model",
     "Recipe",
+    "TorchHead",
     "checkpoint_blocks",
     "loss_of",
     "step",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -36,7 +37,8 @@ class Model:
             ``hugging_face``, ``graph_break``, ``custom_op``, ``mutation``, ``float32_only`` (an
             operator of it has no float64), ``inductor_fails`` (stock Inductor of torch 2.13
             compiles it to a backward that raises), ``checkpoint`` (per-block checkpoints can be
-            switched on), ``inference`` (a forward under ``no_grad`` makes sense).
+            switched on), ``inference`` (a forward under ``no_grad`` makes sense),
+            ``float32_loss`` (the library computes the loss in float32 whatever the dtype).
     """
 
     name: str
@@ -88,6 +90,21 @@ class LossOnly(nn.Module):
 
     def forward(self, **inputs: Tensor) -> Tensor:
         return loss_of(self.model(**inputs))
+
+
+class TorchHead(nn.Module):
+    """A causal language model of `transformers` whose head and loss are torch's fused operator."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        model: Any = self.model
+        hidden = model.model(input_ids=input_ids).last_hidden_state
+        weight = model.lm_head.weight
+        rows, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return F.linear_cross_entropy(rows, weight, targets)
 
 
 def checkpoint_blocks(module: nn.Module) -> None:

@@ -11,26 +11,29 @@ def _model(name: str, tags: str, **sizes: Recipe) -> Model:
 
 
 _HF = "transformer hugging_face checkpoint inference"
+_CAUSAL = _HF + " float32_loss"
 _CONV = "conv checkpoint inference"
 
 _ENTRIES = (
-    _model("llama", _HF, tiny=hugging_face.llama(2, 512, 64, 128, 4, 2, batch=2, length=64)),
-    _model("llama_a", _HF,
+    _model("llama", _CAUSAL, tiny=hugging_face.llama(2, 512, 64, 128, 4, 2, batch=2, length=64)),
+    _model("llama_a", _CAUSAL,
         bench=hugging_face.llama(4, 32000, 512, 1536, 8, 4, batch=1, length=1024)),
-    _model("llama_b", _HF,
+    _model("llama_b", _CAUSAL,
         bench=hugging_face.llama(8, 2048, 256, 768, 8, 4, batch=4, length=512)),
-    _model("qwen3", _HF,
+    _model("llama_head", _CAUSAL,
+        bench=hugging_face.llama(2, 128256, 512, 1536, 8, 4, batch=1, length=1024)),
+    _model("qwen3", _CAUSAL,
         tiny=hugging_face.qwen3(2, 512, 64, 128, 4, 2, batch=2, length=64),
         bench=hugging_face.qwen3(4, 4096, 256, 768, 8, 4, batch=2, length=512)),
-    _model("gpt2", _HF + " dropout",
+    _model("gpt2", _CAUSAL + " dropout",
         tiny=hugging_face.gpt2(2, 512, 64, 4, batch=2, length=64),
         bench=hugging_face.gpt2(4, 4096, 256, 4, batch=2, length=512)),
-    _model("mixtral", _HF,
+    _model("mixtral", _CAUSAL,
         tiny=hugging_face.mixtral(
             2, 512, 64, 128, 4, 2, experts="batched_mm", batch=2, length=32),
         bench=hugging_face.mixtral(
             2, 4096, 192, 384, 6, 3, experts="batched_mm", batch=2, length=64)),
-    _model("mixtral_grouped", _HF + " custom_op float32_only",
+    _model("mixtral_grouped", _CAUSAL + " custom_op float32_only",
         tiny=hugging_face.mixtral(
             2, 512, 64, 128, 4, 2, experts="grouped_mm", batch=2, length=32),
         bench=hugging_face.mixtral(

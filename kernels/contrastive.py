@@ -1,0 +1,200 @@
+"""Contrastive loss by chunks of rows: the matrix of similarities never exists.
+
+Row ``i`` of ``x`` and row ``i`` of ``y`` are a pair, every other row of ``y`` is a negative: the
+loss is the cross-entropy of ``scale * x @ y.T`` against its diagonal. In one direction (InfoNCE,
+SimCLR) a chunk's softmax is its gradient, and the loss costs its three products. In both (CLIP)
+the gradient needs the log-sum-exp of every column beforehand, which a first pass collects: a
+fourth product. Memory grows with ``N``, not with its square.
+
+Pays: where ``N`` is large against ``D``. Does not: in batches of a few hundred pairs.
+
+Legend: ``N`` pairs, ``M >= N`` rows of ``y``, ``D`` embedding size, ``C`` rows of a chunk, ``R``
+rows of a block.
+
+Source: the loss is InfoNCE (van den Oord et al., 2018), in both directions that of CLIP (Radford
+et al., 2021); running log-sum-exps are Milakov and Gimelshein's online softmax (2018).
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from memopt.kernels import forward_gradients
+from memopt.kernels.head import HALF_UNIT, Gradients, Head, block_rows, pieces
+
+
+class Arguments(NamedTuple):
+    """What the operator takes, in the order of its schema.
+
+    Attributes:
+        x: embeddings `(N, D)`.
+        y: embeddings `(M, D)`; `M = N` for both directions.
+        scale: factor on the similarities, 0-dimensional.
+        chunk_rows: rows whose similarities exist at a time.
+        wanted: whether the gradients of ``x``, ``y`` and ``scale`` are.
+        both: whether to average with the direction from ``y`` to ``x``.
+    """
+
+    x: Tensor
+    y: Tensor
+    scale: Tensor
+    chunk_rows: int
+    wanted: Sequence[bool]
+    both: bool
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of the loss."""
+        return torch.promote_types(self.x.dtype, torch.float32)
+
+
+_NAME = "memopt::contrastive"
+torch.library.define(
+    _NAME,
+    "(Tensor x, Tensor y, Tensor scale, SymInt chunk_rows, bool[3] wanted, bool both) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl(_NAME, "default")
+def _contrastive(*args: Any) -> tuple[Tensor, ...]:
+    """The loss, its gradients, and the factors that these still lack."""
+    a = Arguments(*args)
+    x, y, scale = a.wanted
+    trained = x or y or scale
+    columns = _Columns(a) if a.both else None
+    if columns is not None and trained:
+        for _, chunk in _products(a):
+            for _, z in _similarities(a, chunk):
+                columns.add_(z)
+    # The gradient of the scale is the product of either side with that side's own gradient. Both
+    # sides are to be equally exact, and small: no rounding between chunks.
+    head, chunks = Head(a.x, a.y), -(-len(a.x) // a.chunk_rows)
+    gradients = Gradients.of(head, (x or (scale and not y), y, False), chunks, exact=chunks > 1)
+    losses, pairs = [], []
+    for rows, chunk in _products(a):
+        for part, z in _similarities(a, chunk):
+            first = rows.start + part.start
+            pairs.append(z.diagonal(first).clone())
+            if trained:
+                losses.append(_gradient_(z, first, columns) - pairs[-1])
+                if a.x.dtype == torch.float16:
+                    z.mul_(HALF_UNIT)
+                if z.dtype != chunk.dtype:
+                    chunk[part].copy_(z)
+            else:
+                if columns is not None:
+                    columns.add_(z)
+                losses.append(_softmax_(z) - pairs[-1])
+        if trained:
+            gradients.add_(chunk, a.x[rows], head, rows)
+    loss = torch.cat(losses).mean()
+    if columns is not None:
+        loss = (loss + (columns.lse() - torch.cat(pairs)).mean()) / 2
+    return (loss, *_results(a, head, gradients), _lacking(a))
+
+
+def _fake(*args: Any) -> tuple[Tensor, ...]:
+    a = Arguments(*args)
+    dtype = torch.float32 if a.x.dtype == torch.float16 else a.x.dtype
+    x, y, scale = a.wanted
+    return (
+        a.x.new_empty((), dtype=a.wide),
+        a.x.new_empty(a.x.shape if x else (0,), dtype=dtype),
+        a.x.new_empty(a.y.shape if y else (0,), dtype=dtype),
+        a.x.new_empty(() if scale else (0,), dtype=a.wide),
+        a.x.new_empty(3, dtype=a.wide),
+    )
+
+
+torch.library.register_fake(_NAME, _fake)
+forward_gradients.register(_NAME, wanted_at=Arguments._fields.index("wanted"))
+
+
+class _Columns:
+    """Log-sum-exp of every column, from blocks of rows."""
+
+    def __init__(self, a: Arguments) -> None:
+        self._top_M = a.y.new_full(a.y.shape[:1], -torch.inf, dtype=a.wide)
+        self._sum_M = torch.zeros_like(self._top_M)
+
+    def add_(self, z_RM: Tensor) -> None:
+        top = torch.maximum(self._top_M, z_RM.amax(0))
+        self._sum_M.mul_((self._top_M - top).exp_()).add_((z_RM - top).exp_().sum(0))
+        self._top_M = top
+
+    def lse(self) -> Tensor:
+        return self._top_M + self._sum_M.log()
+
+
+def _products(a: Arguments) -> Iterator[tuple[slice, Tensor]]:
+    """Chunks of ``x @ y.T`` with their rows; the next chunk overwrites the last."""
+    head = Head(a.x, a.y)
+    raw = a.x.new_empty(min(a.chunk_rows, len(a.x)), len(a.y))
+    for rows in pieces(len(a.x), a.chunk_rows):
+        yield rows, head.product(a.x[rows], raw[: rows.stop - rows.start])
+
+
+def _similarities(a: Arguments, chunk_CM: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of scaled similarities with their rows in the chunk, which they overwrite if wide."""
+    for part in pieces(len(chunk_CM), block_rows(chunk_CM.shape[1], a.wide.itemsize)):
+        yield part, chunk_CM[part].to(a.wide).mul_(a.scale)
+
+
+def _gradient_(z_RM: Tensor, first: int, columns: _Columns | None) -> Tensor:
+    """Similarities to the gradient of all directions' summed losses, in place.
+
+    Args:
+        z_RM: a block of similarities.
+        first: row of the whole that the block begins with.
+        columns: what is known of the columns, or None for one direction.
+
+    Returns:
+        log-sum-exp of each row.
+    """
+    if columns is None:
+        lse = _softmax_(z_RM)
+        z_RM.diagonal(first).sub_(1)
+        return lse
+    other = (z_RM - columns.lse()).exp_()
+    lse = _softmax_(z_RM)
+    z_RM.add_(other).diagonal(first).sub_(2)
+    return lse
+
+
+def _softmax_(z_RM: Tensor) -> Tensor:
+    """Softmax in place; returns the log-sum-exp of each row, as ``rows.log_sum_exp`` does."""
+    top = z_RM.amax(1)
+    torch.softmax(z_RM, 1, out=z_RM)
+    return top - torch.log(z_RM.amax(1))
+
+
+def _results(a: Arguments, head: Head, gradients: Gradients) -> tuple[Tensor, ...]:
+    """Gradients of ``x``, ``y`` and ``scale``; empty where not wanted."""
+    x, y, _ = gradients.results(head)
+    none, (x_wanted, _, scale_wanted) = a.x.new_empty(0, dtype=a.wide), a.wanted
+    if not scale_wanted:
+        scale = none
+    elif gradients.x_NH is not None:
+        scale = _dot(a.x, gradients.x_NH, a)
+    else:
+        scale = _dot(a.y, y, a)
+    return x if x_wanted else x.new_empty(0), y, scale
+
+
+def _dot(left_ND: Tensor, right_ND: Tensor, a: Arguments) -> Tensor:
+    """Sum of all products, a chunk at a time; in float64, because most of them cancel."""
+    parts = list(pieces(len(left_ND), a.chunk_rows))
+    sums = [(left_ND[part].double() * right_ND[part].double()).sum() for part in parts]
+    return torch.stack(sums).sum().to(a.wide)
+
+
+def _lacking(a: Arguments) -> Tensor:
+    """Similarities were not scaled on the way back, and losses not averaged."""
+    unit = HALF_UNIT if a.x.dtype == torch.float16 else 1.0
+    scale = a.scale.to(a.wide)
+    one = torch.ones_like(scale)
+    share = 1 / (unit * len(a.x) * (2 if a.both else 1))
+    return torch.stack([scale, scale, one]) * share

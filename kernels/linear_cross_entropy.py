@@ -1,0 +1,266 @@
+"""Linear layer and cross-entropy in one operator, by chunks of rows: the logits never exist.
+
+Two forms. ``linear_cross_entropy`` reduces to a scalar and computes the gradients in the forward,
+so the head costs its three products and nothing is saved but the gradients themselves.
+``linear_cross_entropy_rows`` returns a loss and a log-sum-exp per row, whose upstream gradients
+are not known in advance: its backward makes the logits again, chunk by chunk, a fourth product.
+
+Pays: where ``N * V`` is large against ``N * H`` and ``V * H``: any language model. Does not: in a
+classifier with fewer classes than hidden units.
+
+Source: computing the gradient in the forward is Liger Kernel's fused linear cross-entropy (Hsu et
+al., 2024).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from memopt._torch import size_hint
+from memopt.kernels import forward_gradients
+from memopt.kernels.forward_gradients import refuse_double_backward
+from memopt.kernels.head import HALF_UNIT, Head, run_chunks
+from memopt.kernels.head import scratch_bytes as head_scratch_bytes
+from memopt.kernels.rows import IndexTargets, RowLoss, SoftTargets
+
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+class Arguments(NamedTuple):
+    """What all operators of this file take, in the order of ``_SCHEMA``.
+
+    Attributes:
+        x: hidden states `(N, H)`.
+        weight: `(V, H)`.
+        bias: `(V,)` or None.
+        target: classes `(N,)`, int64, or distributions `(N, V)`, floating point.
+        class_weight: `(V,)` or None.
+        ignore_index: rows with this class count for nothing.
+        label_smoothing: in ``[0, 1]``.
+        scale: factor on the product.
+        softcap: bound on the logits by a hyperbolic tangent; 0 for none.
+        chunk_rows: rows whose logits exist at a time.
+        wanted: whether the gradients of ``x``, ``weight`` and ``bias`` are.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor
+    class_weight: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    scale: float
+    softcap: float
+    chunk_rows: int
+    wanted: Sequence[bool]
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of losses."""
+        return torch.promote_types(self.x.dtype, torch.float32)
+
+
+_SCHEMA = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
+    "int ignore_index, float label_smoothing, float scale, float softcap, SymInt chunk_rows, "
+    "bool[3] wanted"
+)
+_NAME = "memopt::linear_cross_entropy"
+torch.library.define(_NAME, f"({_SCHEMA}, bool mean) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+torch.library.define(f"{_NAME}_rows", f"({_SCHEMA}) -> (Tensor, Tensor)")
+torch.library.define(
+    f"{_NAME}_rows_backward",
+    f"({_SCHEMA}, Tensor g, Tensor? h) -> (Tensor, Tensor, Tensor)",
+)
+
+REDUCED = torch.ops.memopt.linear_cross_entropy.default
+ROWS = torch.ops.memopt.linear_cross_entropy_rows.default
+ROWS_BACKWARD = torch.ops.memopt.linear_cross_entropy_rows_backward.default
+
+
+@torch.library.impl(_NAME, "default")
+def _reduced(*args: Any) -> tuple[Tensor, ...]:
+    """The sum or mean, its gradients, and the factor that these still lack."""
+    *shared, mean = args
+    arguments = Arguments(*shared)
+    work = _Work.of(arguments)
+    size = work.total if mean else torch.ones_like(work.total)
+    share = torch.where(size > 0, 1 / size, 0.0)
+    half = arguments.x.dtype == torch.float16
+    upstream = None
+    if any(arguments.wanted):
+        upstream = work.counted_N * (HALF_UNIT if half else share)
+    values, _, gradients = work.run(arguments.chunk_rows, arguments.wanted, upstream)
+    lacking = share / HALF_UNIT if half else torch.ones_like(share)
+    return (values.sum() / size, *gradients, lacking)
+
+
+def _fake_reduced(*args: Any) -> tuple[Tensor, ...]:
+    arguments = Arguments(*args[:-1])
+    scalar = arguments.x.new_empty((), dtype=arguments.wide)
+    return (scalar, *_fake_gradients(arguments), torch.empty_like(scalar))
+
+
+torch.library.register_fake(_NAME, _fake_reduced)
+forward_gradients.register(_NAME, Arguments._fields.index("wanted"))
+
+
+@torch.library.impl(f"{_NAME}_rows", "default")
+def _rows(*args: Any) -> tuple[Tensor, Tensor]:
+    """Losses, 0 where ignored, and log-sum-exps: `(N,)` each, float32 or wider."""
+    arguments = Arguments(*args)
+    work = _Work.of(arguments, compact=False)
+    values, lse, _ = work.run(arguments.chunk_rows, (False, False, False), None)
+    return values, lse
+
+
+def _fake_rows(*args: Any) -> tuple[Tensor, Tensor]:
+    arguments = Arguments(*args)
+    rows = arguments.x.new_empty(arguments.x.shape[0], dtype=arguments.wide)
+    return rows, torch.empty_like(rows)
+
+
+@torch.library.impl(f"{_NAME}_rows_backward", "default")
+def _rows_gradients(*args: Any) -> Three:
+    """Gradients under upstream gradients `(N,)` of losses and log-sum-exps."""
+    *shared, g, h = args
+    arguments = Arguments(*shared)
+    work = _Work.of(arguments, compact=h is None)
+    return work.run(arguments.chunk_rows, arguments.wanted, work.counted_N * g, h)[2]
+
+
+def _fake_rows_gradients(*args: Any) -> Three:
+    return _fake_gradients(Arguments(*args[:-2]))
+
+
+torch.library.register_fake(f"{_NAME}_rows", _fake_rows)
+torch.library.register_fake(f"{_NAME}_rows_backward", _fake_rows_gradients)
+
+
+def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[5:]
+    ctx.dtypes = _dtypes(Arguments(*inputs))
+    ctx.unused = (None,) * (len(inputs) - 3)
+
+
+def _rows_backward(ctx: Any, g: Tensor | None, h: Tensor | None) -> tuple[Tensor | None, ...]:
+    refuse_double_backward()
+    if g is None and h is None:
+        return (None, None, None, *ctx.unused)
+    if g is None:
+        g = torch.zeros_like(h)  # type: ignore[arg-type]
+    gradients = ROWS_BACKWARD(*ctx.saved_tensors, *ctx.options, g, h)
+    typed = [
+        None if dtype is None else gradient.to(dtype)
+        for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+    ]
+    return (*typed, *ctx.unused)
+
+
+torch.library.register_autograd(f"{_NAME}_rows", _rows_backward, setup_context=_save_rows)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A head, a row loss, and which rows count.
+
+    Attributes:
+        head: the linear layer.
+        loss: the cross-entropy of its rows.
+        counted_N: 1 for rows that count, 0 for those that are ignored.
+        total: what a mean divides by: rows that count, or their class weights.
+        rows: the rows to visit, or None for all.
+    """
+
+    head: Head
+    loss: RowLoss
+    counted_N: Tensor
+    total: Tensor
+    rows: Tensor | None = None
+
+    @classmethod
+    def of(cls, a: Arguments, *, compact: bool = True) -> "_Work":
+        """Prepare the targets; where the host may look at them, leave ignored rows out."""
+        head = Head(a.x, a.weight, a.bias, a.scale, a.softcap)
+        class_weight = None if a.class_weight is None else a.class_weight.to(a.wide)
+        if a.target.is_floating_point():
+            counted = a.x.new_ones(len(a.x), dtype=a.wide)
+            soft = SoftTargets(a.target, class_weight, a.label_smoothing)
+            return cls(head, soft, counted, counted.sum())
+        valid = a.target != a.ignore_index
+        rows = None
+        if a.target.device.type == "cpu":
+            _check_targets(a.target, valid, len(a.weight))
+            if compact and not bool(valid.all()):
+                rows = valid.nonzero()[:, 0]
+        target = torch.where(valid, a.target, 0)
+        counted = valid.to(a.wide)
+        total = (counted if class_weight is None else counted * class_weight[target]).sum()
+        hard = IndexTargets(target, class_weight, a.label_smoothing)
+        return cls(head, hard, counted, total, rows)
+
+    def run(
+        self,
+        chunk_rows: int,
+        wanted: Sequence[bool],
+        g_N: Tensor | None,
+        h_N: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Three]:
+        """Values, log-sum-exps and gradients; 0 for rows that do not count."""
+        values, lse, gradients = run_chunks(
+            self.head, self.loss, chunk_rows, wanted, g_N, h_N, self.rows
+        )
+        return values * self.counted_N, lse, gradients
+
+
+def _check_targets(target: Tensor, valid: Tensor, classes: int) -> None:
+    """As eager does: out-of-range classes are an error, with its words."""
+    wrong = valid & ((target < 0) | (target >= classes))
+    if bool(wrong.any()):
+        raise IndexError(f"Target {int(target[wrong][0])} is out of bounds.")
+
+
+def _dtypes(a: Arguments) -> list[torch.dtype | None]:
+    """What each gradient must be in the end; None where it is not wanted."""
+    return [
+        t.dtype if on and t is not None else None
+        for t, on in zip((a.x, a.weight, a.bias), a.wanted, strict=True)
+    ]
+
+
+def _fake_gradients(a: Arguments) -> Three:
+    dtype = torch.float32 if a.x.dtype == torch.float16 else a.x.dtype
+    x, weight, bias = a.wanted
+    return (
+        a.x.new_empty(a.x.shape if x else (0,), dtype=dtype),
+        a.x.new_empty(a.weight.shape if weight else (0,), dtype=dtype),
+        a.x.new_empty(a.weight.shape[:1] if bias else (0,), dtype=dtype),
+    )
+
+
+def scratch_bytes(*args: Any) -> int:
+    """What any of the operators of this file allocates besides its results, in bytes.
+
+    Args:
+        *args: its arguments, fake or real.
+    """
+    a = Arguments(*args[: len(Arguments._fields)])
+    trained = any(a.wanted) and len(args) > len(a)  # the rows' forward makes no gradients
+    rows, width = (size_hint(d) for d in a.x.shape)
+    classes, itemsize = size_hint(a.weight.shape[0]), a.x.element_size()
+    converted = a.x.dtype != a.wide or a.scale != 1.0 or a.softcap != 0.0
+    spread = a.class_weight is not None and a.label_smoothing > 0
+    blocks = 1 + converted + trained * max(bool(a.softcap), spread)
+    narrow = trained and a.wanted[1] and a.x.dtype in (torch.bfloat16, torch.float16)
+    chunks = -(-rows // a.chunk_rows)
+    wide = a.wide.itemsize
+    targets = rows * (1 + 8 + 8 + wide * (2 if trained else 1))
+    return targets + head_scratch_bytes(
+        rows, width, classes, itemsize, a.chunk_rows, blocks=blocks, exact=narrow and chunks > 8
+    )

@@ -1,0 +1,42 @@
+"""How many rows of a chunked operator exist at a time, where the budget leaves too little.
+
+Operators start with enough rows that their products run at full speed. Where a plan does not fit
+and such an operator holds the peak, its chunks are halved and the graph is planned again, down to
+a size below which nothing is gained.
+"""
+
+from torch import fx
+
+from memopt._torch import OpOverload
+from memopt.joint import JointGraph
+from memopt.problem import Candidate
+
+LEAST_ROWS = 16
+
+
+def halve_chunks(joint: JointGraph, candidate: Candidate) -> bool:
+    """Halve the chunks of the operator that holds a plan's peak; False where none does."""
+    live = candidate.liveness.live_bytes
+    if not live:
+        return False
+    schedule = candidate.liveness.schedule
+    at = (*schedule.forward, *schedule.backward)[live.index(max(live))]
+    node = joint.nodes[at]
+    place = _place(node)
+    if place is None:
+        return False
+    rows = node.args[place]
+    if not isinstance(rows, int) or rows <= LEAST_ROWS:
+        return False
+    shape = joint.nodes[joint.inputs[at][0]].meta["val"].shape
+    seen = shape[0] if isinstance(shape[0], int) else rows
+    node.update_arg(place, max(LEAST_ROWS, min(rows, seen) // 2))
+    return True
+
+
+def _place(node: fx.Node) -> int | None:
+    """Position of the argument ``chunk_rows``; None for other operators."""
+    if not isinstance(node.target, OpOverload) or node.target.namespace != "memopt":
+        return None
+    names = [argument.name for argument in node.target._schema.arguments]
+    return names.index("chunk_rows") if "chunk_rows" in names else None

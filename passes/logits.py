@@ -1,0 +1,362 @@
+"""Finds the logits of a head in a Dynamo graph: every node that holds them, and who reads them.
+
+Starting at a linear layer, logits are followed through whatever changes their shape row by row,
+their dtype, or their values by a constant factor and a softcap. Each such step commutes with the
+linear layer's rows, so that a reader of the result can be served from the hidden state instead.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from memopt.emit import emit, extent, same_shape, shape_of, traced
+
+_PLAIN = frozenset({"contiguous", "clone"})
+_CASTS: Mapping[str, torch.dtype] = {
+    "float": torch.float32,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "double": torch.float64,
+}
+_RESHAPES = frozenset({"view", "reshape"})
+_FACTORS: Mapping[Any, Callable[[float], float]] = {
+    target: function
+    for targets, function in (
+        ((operator.mul, operator.imul, torch.mul, "mul", "mul_"), lambda c: c),
+        (
+            (operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_"),
+            lambda c: 1 / c if c else math.inf,
+        ),
+    )
+    for target in targets
+}
+_TANH = frozenset({torch.tanh, "tanh", F.tanh})
+_ADD = frozenset({operator.add, operator.iadd, torch.add, "add"})
+_LOG_SOFTMAX = frozenset({F.log_softmax, torch.log_softmax, "log_softmax"})
+_TRANSPOSES = frozenset({torch.transpose, "transpose", torch.swapaxes, "swapaxes", "mT"})
+_PERMUTES = frozenset({torch.permute, "permute", torch.movedim, "movedim"})
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear layer ``hidden @ weight.T + bias``.
+
+    Attributes:
+        node: the node that computes the product.
+        hidden: its input, `(..., H)`.
+        weight: `(V, H)`, or `(H, V)` where ``transposed``.
+        bias: `(V,)` or None.
+        transposed: whether the weight is stored the other way round.
+    """
+
+    node: fx.Node
+    hidden: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    transposed: bool = False
+
+    @property
+    def classes(self) -> Any:
+        """``V``."""
+        return shape_of(self.node)[-1]
+
+
+@dataclass(frozen=True)
+class Logits:
+    """One node that holds logits, and how to come there from the hidden state.
+
+    Attributes:
+        node: the node.
+        path: the shape operators on the way, which act on rows alone.
+        scale: factor on the product.
+        softcap: bound by a hyperbolic tangent; 0 for none.
+        bias: added to the product, or None.
+        open_tanh: whether the values are a bare ``tanh(scale * product)``, to be scaled.
+        classes_at: 1 where the classes are the second dimension, else -1.
+        normalised: whether the values are log-softmax of the logits.
+        detached: whether no gradient flows back from here.
+    """
+
+    node: fx.Node
+    path: tuple[fx.Node, ...] = ()
+    scale: float = 1.0
+    softcap: float = 0.0
+    bias: fx.Node | None = None
+    classes_at: int = -1
+    normalised: bool = False
+    detached: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the values."""
+        dtype: torch.dtype = traced(self.node).dtype
+        return dtype
+
+
+def find_head(node: fx.Node) -> Head | None:
+    """The linear layer that a node is, in any of its spellings."""
+    if node.op not in ("call_function", "call_method") or node.kwargs:
+        return None
+    target, args = node.target, _any(node.args)
+    if target is F.linear and isinstance(args[0], fx.Node) and isinstance(args[1], fx.Node):
+        bias = args[2] if len(args) > 2 else None
+        return _checked(Head(node, args[0], args[1], bias))
+    if target in (operator.matmul, torch.matmul, torch.mm, "matmul", "mm"):
+        hidden, right = args[:2]
+        if not (isinstance(hidden, fx.Node) and isinstance(right, fx.Node)):
+            return None
+        weight = _untransposed(right)
+        if weight is not None:
+            return _checked(Head(node, hidden, weight, None))
+        return _checked(Head(node, hidden, right, None, transposed=True))
+    return None
+
+
+def _any(arguments: Any) -> Any:
+    """Arguments of a node without their type, which is a union of everything."""
+    return arguments
+
+
+def _checked(head: Head) -> Head | None:
+    """A head has a 2-D weight, and rows to work on."""
+    shape, weight = shape_of(head.hidden), shape_of(head.weight)
+    rows_at = 0 if head.transposed else 1
+    if len(weight) != 2 or not shape:
+        return None
+    if not same_shape(shape_of(head.node), (*shape[:-1], weight[1 - rows_at])):
+        return None
+    if head.bias is not None and not (isinstance(head.bias, fx.Node) and shape_of(head.bias)):
+        return None
+    return head
+
+
+def _untransposed(node: fx.Node) -> fx.Node | None:
+    """``w`` of ``w.t()``, ``w.T`` or ``w.transpose(0, 1)``."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    flips = node.target in ("t", torch.t, "T", "mT") or (
+        node.op == "call_function" and node.target is getattr and node.args[1] in ("T", "mT")
+    )
+    dims = {d % 2 for d in _any(node.args[1:3]) if isinstance(d, int)}
+    flips = flips or (node.target in _TRANSPOSES and dims == {0, 1})
+    return node.args[0] if flips and len(shape_of(node)) == 2 else None
+
+
+def source_of(node: fx.Node) -> Head | None:
+    """The head that a loss's input comes from, by one walk back through shape and value steps."""
+    seen = 0
+    while seen < 64:
+        head = find_head(node)
+        if head is not None:
+            return head
+        inputs = [a for a in node.args[:2] if isinstance(a, fx.Node) and shape_of(a)]
+        if node.op not in ("call_function", "call_method") or not inputs:
+            return None
+        node = max(inputs, key=lambda n: math.prod(map(_size, shape_of(n))))
+        seen += 1
+    return None
+
+
+def _size(dimension: Any) -> int:
+    return dimension if isinstance(dimension, int) else 1024
+
+
+def follow(head: Head) -> tuple[dict[fx.Node, Logits], list[tuple[fx.Node, Logits]]]:
+    """Every node that holds the head's logits, and every reader that does something else."""
+    members = {head.node: Logits(head.node, bias=head.bias)}
+    readers: list[tuple[fx.Node, Logits]] = []
+    todo = [head.node]
+    while todo:
+        logits = members[todo.pop()]
+        for user in logits.node.users:
+            step = _step(user, logits, head)
+            if step is None:
+                readers.append((user, logits))
+            elif user not in members:
+                members[user] = step
+                todo.append(user)
+    order = {node: i for i, node in enumerate(head.node.graph.nodes)}
+    return members, sorted(readers, key=lambda reader: order[reader[0]])
+
+
+def _step(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
+    """What ``user`` makes of the logits, if it still holds them."""
+    if user.op not in ("call_function", "call_method"):
+        return None
+    for rule in (_same, _detached, _cast, _valued, _normalised, _shaped, _swapped):
+        found = rule(user, logits, head)
+        if found is not None:
+            return replace(found, node=user)
+    return None
+
+
+def _is_input(user: fx.Node, logits: Logits) -> bool:
+    """Whether the logits are the first argument, and the only one."""
+    rest = [a for a in user.all_input_nodes if a is not logits.node]
+    first = bool(user.args) and user.args[0] is logits.node
+    return first and all(not shape_of(a) for a in rest)
+
+
+def _same(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
+    plain = user.target in _PLAIN and _is_input(user, logits)
+    return logits if plain else None
+
+
+def _detached(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
+    detaches = user.target in ("detach", torch.detach) and _is_input(user, logits)
+    return replace(logits, detached=True) if detaches else None
+
+
+def _cast(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
+    if user.target not in (*_CASTS, "to", "type", "type_as") or logits.node is not user.args[0]:
+        return None
+    before, after = traced(logits.node), traced(user)
+    same_place = isinstance(after, torch.Tensor) and after.device == before.device
+    return logits if same_place and after.dtype.is_floating_point else None
+
+
+def _valued(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
+    """``c * z``, ``z / c``, ``tanh(z)`` and ``z + buffer``."""
+    if logits.normalised or not user.args or len(user.args) > 2 or user.kwargs:
+        return None
+    if _overwrites(user) and len(logits.node.users) > 1:
+        return None
+    if user.target in _TANH:
+        if logits.softcap:
+            return None
+        return replace(logits, softcap=1.0)
+    if len(user.args) != 2:
+        return None
+    left, right = _any(user.args)
+    constant = right if left is logits.node else left
+    if user.target in _FACTORS and isinstance(constant, (int, float)):
+        divides = _FACTORS[user.target](2.0) != 2.0
+        if divides and left is not logits.node:
+            return None
+        return _scaled(logits, _FACTORS[user.target](float(constant)))
+    if user.target in _FACTORS and isinstance(constant, fx.Node):
+        # One factor for all classes may as well go to the hidden state.
+        plain = left is logits.node and logits.bias is None and not logits.softcap
+        one = math.prod(map(_size, shape_of(constant))) == 1 and traced(constant).dim() < 2
+        return replace(logits, path=(*logits.path, user)) if plain and one else None
+    if user.target in _ADD and isinstance(constant, fx.Node):
+        plain = logits.bias is None and logits.scale == 1.0 and not logits.softcap
+        shape = shape_of(constant)
+        wide = same_shape(shape[-1:], (head.classes,)) and math.prod(map(_size, shape)) == _size(
+            head.classes
+        )
+        return replace(logits, bias=constant) if plain and wide else None
+    return None
+
+
+def _scaled(logits: Logits, factor: float) -> Logits | None:
+    """``factor * softcap * tanh(scale * z / softcap)`` is of the same form again."""
+    if not math.isfinite(factor) or factor <= 0:
+        return None
+    cap = logits.softcap * factor
+    return replace(logits, scale=logits.scale * factor, softcap=cap)
+
+
+def _overwrites(user: fx.Node) -> bool:
+    in_place = (operator.imul, operator.itruediv, operator.iadd)
+    return user.target in in_place or str(user.target).endswith("_")
+
+
+def _normalised(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
+    if user.target not in _LOG_SOFTMAX or logits.node is not user.args[0] or logits.normalised:
+        return None
+    dim = _any(user.args[1] if len(user.args) > 1 else user.kwargs.get("dim"))
+    rank = len(shape_of(logits.node))
+    last = isinstance(dim, int) and dim % rank == rank - 1
+    return replace(logits, normalised=True) if last and logits.classes_at == -1 else None
+
+
+def _shaped(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
+    """Views and slices that leave every row whole."""
+    before, after = shape_of(logits.node), shape_of(user)
+    if logits.classes_at != -1 or not _is_input(user, logits):
+        return None
+    if not after or not before or not same_shape(after[-1:], before[-1:]):
+        return None
+    rank = len(before)
+    target, args = user.target, _any(user.args[1:])
+    whole = (
+        target in _RESHAPES
+        or (target in ("flatten", torch.flatten) and _flattens_rows(args, rank))
+        or (target is operator.getitem and _keeps_last(args[0], rank))
+        or (target in ("squeeze", torch.squeeze, "select", "narrow") and _dims_of(args[:1], rank))
+        or (target in ("unsqueeze", torch.unsqueeze) and _dims_of(args[:1], rank + 1))
+        or (target in _TRANSPOSES and len(args) == 2 and _dims_of(args, rank))
+    )
+    return replace(logits, path=(*logits.path, user)) if whole and not user.kwargs else None
+
+
+def _dims_of(dims: Any, rank: int) -> bool:
+    """Whether dimensions are given, and none of them is the last."""
+    known = [d % rank for d in dims if isinstance(d, int)]
+    return bool(known) and len(known) == len(dims) and rank - 1 not in known
+
+
+def _flattens_rows(args: Any, rank: int) -> bool:
+    start, end = list(args) + [0, -1][len(args) :]
+    return isinstance(start, int) and isinstance(end, int) and end % rank < rank - 1
+
+
+def _keeps_last(index: Any, rank: int) -> bool:
+    """Whether an index leaves the last dimension as it is."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    if any(isinstance(item, fx.Node) and shape_of(item) for item in items):
+        return False
+    consumed = sum(item is not None and item is not Ellipsis for item in items)
+    if Ellipsis not in items and consumed < rank:
+        return True
+    return items[-1] is Ellipsis or items[-1] == slice(None)
+
+
+def _swapped(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
+    """Classes moved to the second place, as ``cross_entropy`` wants them in more dimensions."""
+    before, after = shape_of(logits.node), shape_of(user)
+    rank = len(before)
+    if logits.classes_at != -1 or logits.normalised or rank < 3 or not _is_input(user, logits):
+        return None
+    if not same_shape(after, (before[0], before[-1], *before[1:-1])):
+        return None
+    args = _any(user.args[1:])
+    dims = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
+    if not all(isinstance(d, int) for d in dims):
+        return None
+    if user.target in _TRANSPOSES:
+        moved = rank == 3 and {d % rank for d in dims} == {1, 2}
+    elif user.target in ("movedim", torch.movedim):
+        moved = [d % rank for d in dims] == [rank - 1, 1]
+    else:
+        order = [0, rank - 1, *range(1, rank - 1)]
+        moved = user.target in _PERMUTES and [d % rank for d in dims] == order
+    return replace(logits, classes_at=1) if moved else None
+
+
+def rows_of(graph: fx.Graph, head: Head, logits: Logits, cache: dict[Any, fx.Node]) -> fx.Node:
+    """The hidden state brought to the shape of some logits: ``path`` replayed on it."""
+    node = head.hidden
+    width = extent(graph, node, -1) if logits.path else -1
+    for i, step in enumerate(logits.path):
+        key = logits.path[: i + 1]
+        if key not in cache:
+            if step.target in _FACTORS:
+                divides = _FACTORS[step.target](2.0) != 2.0
+                target = operator.truediv if divides else operator.mul
+                cache[key] = emit(graph, target, (node, *step.args[1:]), like=step)
+            elif step.target in _RESHAPES:
+                sizes = _any(step.args[1:])
+                sizes = sizes[0] if isinstance(sizes[0], (tuple, list)) else sizes
+                cache[key] = emit(graph, "reshape", (node, *sizes[:-1], width), like=step)
+            else:
+                cache[key] = emit(graph, step.target, (node, *step.args[1:]), like=step)
+        node = cache[key]
+    return node

@@ -1,0 +1,253 @@
+"""Chunked distillation against plain PyTorch on both heads' whole logits."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.meter import Meter
+from memopt.errors import DoubleBackwardError
+from memopt.kernels.divergence import Arguments, FromTeacher
+from memopt.kernels.head import Head
+from tests import references
+from tests.references import (
+    LOW_PRECISION,
+    assert_draws_within_reference_error,
+    assert_equal_in_float64,
+    assert_gradient_is_that_of_the_values,
+    doubles,
+    logits,
+    run,
+)
+
+Tensor = torch.Tensor
+REDUCTIONS = ["batchmean", "mean", "sum"]
+IGNORED = -100
+BETAS = pytest.mark.parametrize("beta", [0.0, 1.0, 0.5, 0.1, 0.9])
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two heads; scales and bounds are the student's and the teacher's."""
+
+    inputs: tuple[Tensor, Tensor, Tensor | None]
+    teacher: tuple[Tensor, Tensor, Tensor | None]
+    target: Tensor | None
+    beta: float
+    reduction: str = "batchmean"
+    scale: tuple[float, float] = (1.0, 1.0)
+    softcap: tuple[float, float] = (0.0, 0.0)
+    chunk_rows: int = 5
+
+    def mine(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        a = self.arguments(x, weight, bias)
+        loss: Tensor = torch.ops.memopt.linear_divergence(*a)[0]
+        return loss
+
+    def arguments(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Arguments:
+        return Arguments(
+            x,
+            weight,
+            bias,
+            *self.teacher,
+            self.target,
+            IGNORED,
+            self.beta,
+            self.scale,
+            self.softcap,
+            self.reduction,
+            self.chunk_rows,
+            [t is not None and t.requires_grad for t in (x, weight, bias)],
+        )
+
+    def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        teacher = self.teacher if x.dtype != torch.float64 else doubles(self.teacher)
+        z = logits(x, weight, bias, scale=self.scale[0], softcap=self.softcap[0])
+        of_teacher = logits(*teacher, scale=self.scale[1], softcap=self.softcap[1])
+        values = references.divergence(z, of_teacher, self.beta)
+        if self.target is not None:
+            values = values[self.target != IGNORED]
+        size = {"batchmean": len(values), "mean": values.numel() * z.shape[1], "sum": 1}
+        return values.sum() / size[self.reduction]
+
+
+def case(
+    rows: int = 23,
+    classes: int = 13,
+    *,
+    beta: float = 0.5,
+    dtype: torch.dtype = torch.float64,
+    bias: bool = True,
+    masked: bool = True,
+    hidden: tuple[int, int] = (6, 9),
+    **options: Any,
+) -> Case:
+    """Random heads; with ``masked`` a third of the rows does not count."""
+
+    def head(size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, weight = torch.randn(rows, size).to(dtype), torch.randn(classes, size).to(dtype)
+        return x, weight, torch.randn(classes).to(dtype) if bias else None
+
+    target = None
+    if masked:
+        target = torch.randint(classes, (rows,))
+        target[torch.rand(rows) < 0.3] = IGNORED
+        target[0] = 0
+    return Case(head(hidden[0]), head(hidden[1]), target, beta, **options)
+
+
+@BETAS
+@pytest.mark.parametrize("normaliser", [False, True])
+def test_the_gradient_of_rows_is_that_of_their_values(beta: float, normaliser: bool) -> None:
+    teacher = Head(*case().teacher, scale=0.5, softcap=3.0)
+    rows = torch.tensor([4, 0, 6])
+    loss = FromTeacher(teacher, beta).at(rows)
+    z = torch.randn(3, 13, dtype=torch.float64)
+    assert_gradient_is_that_of_the_values(loss, z, normaliser=normaliser)
+    whole = logits(teacher.x_NH, teacher.weight_VH, teacher.bias_V, scale=0.5, softcap=3.0)
+    expected = references.divergence(z, whole[rows], beta)
+    assert_equal_in_float64([loss.values(z, z.logsumexp(1))], [expected])
+
+
+@BETAS
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": False, "masked": False},
+        {"scale": (0.5, 0.25)},
+        {"scale": (1.0, 2.0), "softcap": (2.0, 5.0), "masked": False},
+        {"softcap": (0.0, 3.0), "chunk_rows": 1},
+        {"chunk_rows": 100},
+    ],
+    ids=str,
+)
+def test_every_option_gives_eager_numbers_in_float64(
+    beta: float, reduction: str, options: dict[str, Any]
+) -> None:
+    c = case(beta=beta, reduction=reduction, **options)
+    assert_equal_in_float64(run(c.mine, c.inputs, 0.37), run(c.plain, c.inputs, 0.37))
+
+
+@given(
+    rows=st.integers(1, 30),
+    classes=st.integers(1, 40),
+    sizes=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    chunk_rows=st.integers(1, 40),
+    beta=st.floats(0.01, 0.99) | st.sampled_from([0.0, 1.0]),
+    masked=st.booleans(),
+)
+def test_any_size_gives_eager_numbers(
+    rows: int,
+    classes: int,
+    sizes: tuple[int, int],
+    chunk_rows: int,
+    beta: float,
+    masked: bool,
+) -> None:
+    c = case(rows, classes, beta=beta, masked=masked, hidden=sizes, chunk_rows=chunk_rows)
+    assert_equal_in_float64(run(c.mine, c.inputs), run(c.plain, c.inputs))
+
+
+@BETAS
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+@pytest.mark.parametrize("reduction", ["batchmean", "sum"])
+@pytest.mark.parametrize("factor", [1.0, 65536.0])
+def test_low_precision_is_as_near_to_float64_as_eager_is(
+    beta: float, dtype: torch.dtype, reduction: str, factor: float
+) -> None:
+    options: dict[str, Any] = {"hidden": (32, 48), "scale": (0.5, 0.5), "chunk_rows": 8}
+    if reduction == "sum":
+        factor /= 160  # the mean by hand; else eager's float16 overflows
+
+    def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        c = case(160, 259, beta=beta, dtype=dtype, reduction=reduction, **options)
+        actual, plain = run(c.mine, c.inputs, factor), run(c.plain, c.inputs, factor)
+        assert [t.dtype for t in actual] == [t.dtype for t in plain]
+        return actual, run(c.plain, doubles(c.inputs), factor), plain
+
+    assert_draws_within_reference_error(draw)
+
+
+@BETAS
+def test_a_student_equal_to_its_teacher_has_no_divergence_and_no_gradient(beta: float) -> None:
+    c = case(beta=beta)
+    same = Case(c.inputs, c.inputs, None, beta)
+    for tensor in run(same.mine, same.inputs):
+        torch.testing.assert_close(tensor, torch.zeros_like(tensor), rtol=0, atol=1e-14)
+
+
+def test_a_teacher_in_bfloat16_serves_a_student_in_float32() -> None:
+    c = case(dtype=torch.bfloat16)
+    student = [None if t is None else t.float() for t in c.inputs]
+    actual, plain = run(c.mine, student), run(c.plain, student)
+    for mine, theirs in zip(actual, plain, strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_with_all_rows_ignored_gradients_are_zero(reduction: str) -> None:
+    c = case(reduction=reduction)
+    assert c.target is not None
+    c.target.fill_(IGNORED)
+    loss, *gradients = run(c.mine, c.inputs)
+    assert loss.isnan() == (reduction != "sum")
+    assert len(gradients) == 3
+    assert all(not gradient.any() for gradient in gradients)
+
+
+@BETAS
+@pytest.mark.parametrize(
+    "trained", [(True, False, False), (False, True, False), (False, False, True)], ids=str
+)
+def test_each_input_gets_its_gradient_while_others_are_frozen(
+    beta: float, trained: tuple[bool, ...]
+) -> None:
+    c = case(beta=beta)
+    actual = run(c.mine, c.inputs, 2.0, trained)
+    assert len(actual) == 2
+    assert_equal_in_float64(actual, run(c.plain, c.inputs, 2.0, trained))
+
+
+@BETAS
+def test_two_runs_are_equal_bit_by_bit(beta: float) -> None:
+    c = case(64, 501, beta=beta, dtype=torch.float32, chunk_rows=7)
+    first, second = (run(c.mine, c.inputs) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    c = case()
+    x, weight, bias = c.inputs
+    loss = c.mine(x.requires_grad_(), weight, bias)
+    with pytest.raises(DoubleBackwardError, match="second derivative"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+def peak_bytes(c: Case, trained: bool) -> int:
+    x, weight, bias = c.inputs
+    weight = weight.clone().requires_grad_(trained)
+    with Meter() as meter:
+        c.mine(x, weight, bias)
+    return meter.peak_bytes
+
+
+def test_neither_heads_logits_exist_and_without_gradients_there_is_no_buffer_for_them() -> None:
+    c = case(1024, 2048, dtype=torch.float32, hidden=(128, 16), chunk_rows=8, masked=False)
+    logits_bytes, weight_bytes = 1024 * 2048 * 4, c.inputs[1].nbytes
+    assert peak_bytes(c, trained=False) < weight_bytes
+    assert weight_bytes < peak_bytes(c, trained=True) < logits_bytes / 4
+
+
+@BETAS
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.float16, "bias": False}], ids=str)
+def test_torch_finds_the_operator_in_order(beta: float, options: dict[str, Any]) -> None:
+    c = case(beta=beta, **options)
+    x, weight, bias = c.inputs
+    a = c.arguments(x.requires_grad_(), weight.requires_grad_(), bias)
+    torch.library.opcheck(torch.ops.memopt.linear_divergence.default, a)

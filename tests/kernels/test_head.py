@@ -1,0 +1,32 @@
+import pytest
+import torch
+
+from memopt.kernels.head import block_rows, default_chunk_rows, pieces
+
+
+def test_pieces_cover_every_row_once() -> None:
+    rows = [row for part in pieces(10, 4) for row in range(part.start, part.stop)]
+    assert rows == list(range(10))
+    assert list(pieces(0, 4)) == []
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", 256), ("cuda", 2048)])
+def test_a_large_vocabulary_gets_the_rows_that_keep_the_device_busy(
+    device: str, expected: int
+) -> None:
+    assert default_chunk_rows(100_000, 128_256, torch.device(device)) == expected
+
+
+def test_few_classes_get_as_many_rows_as_stay_in_cache() -> None:
+    assert default_chunk_rows(10**6, 100, torch.device("cpu")) == block_rows(100, 4) > 256
+
+
+def test_the_rows_are_never_all_in_one_chunk_but_where_they_are_few() -> None:
+    cpu = torch.device("cpu")
+    assert default_chunk_rows(512, 128_256, cpu) == default_chunk_rows(512, 300, cpu) == 128
+    assert default_chunk_rows(40, 128_256, cpu) == 32
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_a_chunk_has_no_more_rows_than_there_are(rows: int) -> None:
+    assert default_chunk_rows(rows, 50_000, torch.device("cpu")) == max(1, rows)
