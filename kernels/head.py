@@ -257,10 +257,13 @@ def scratch_bytes(
     size, wide = min(chunk_rows, rows), max(4, itemsize)
     block = min(size, block_rows(classes, wide)) * classes * wide
     chunk = size * (classes + 2 * width) * itemsize
-    loop = chunk + blocks * block
-    if exact:  # the result is not there before the end
-        loop = max(loop + classes * width * (4 - itemsize), classes * width * 4)
-    return loop + rows * 3 * wide
+    loop = blocks * block
+    if exact:  # a part of the product, converted; and the result is not there before the end
+        part = min(classes, block_rows(width, 4)) * width
+        loop = max(loop, part * (itemsize + 4))
+        chunk = max(chunk + loop + classes * width * (4 - itemsize), classes * width * 4)
+        return chunk + rows * 3 * wide
+    return chunk + loop + rows * 3 * wide
 
 
 def run_rows(

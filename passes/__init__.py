@@ -9,10 +9,11 @@ if __name__ != "memopt.passes":
 from memopt.passes.chunk_losses import ChunkLosses
 from memopt.passes.clone_mutated_inputs import CloneMutatedInputs
 from memopt.passes.early_products import EarlyProducts
+from memopt.passes.embedding_gradients import EmbeddingGradients
 from memopt.passes.unshare_readers import UnshareReaders
 from memopt.pipeline import Pass
 
 PRE_GRAD: tuple[Pass, ...] = (ChunkLosses(),)
-JOINT: tuple[Pass, ...] = (CloneMutatedInputs(),)
+JOINT: tuple[Pass, ...] = (CloneMutatedInputs(), EmbeddingGradients())
 POST_GRAD: tuple[Pass, ...] = (UnshareReaders(), EarlyProducts())
 INFERENCE: tuple[Pass, ...] = ()
