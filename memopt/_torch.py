@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch._C import _set_throw_on_mutable_data_ptr
 from torch._decomp import get_decompositions
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters as dynamo_counters
@@ -73,6 +74,7 @@ __all__ = [
     "cleanup_recompute_tags",
     "compile_fx",
     "disable_modes",
+    "dynamo_config",
     "dynamo_counters",
     "extract_forward_and_backward",
     "force_save_bw_mutation_src",

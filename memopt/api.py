@@ -1,11 +1,14 @@
 """``memopt.optimize``: the one-line form of ``torch.compile(..., backend="memopt")``."""
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
+
+from memopt._torch import dynamo_config
 
 T = TypeVar("T")
 
@@ -26,6 +29,9 @@ def optimize(target: Any = None, **options: Any) -> Any:
     instance made from it compiles its ``forward``. A module instance is compiled in place, so
     its type, ``state_dict`` and hooks stay as they are.
 
+    Messages that a model library logs once, such as ``logger.warning_once`` of transformers, are
+    left out of what is compiled: each would break the graph, often between head and loss.
+
     Args:
         target: what to compile; None when used as a decorator with options.
         **options: the entries of ``torch.compile(options=...)``, see ``memopt.Config``, and the
@@ -40,6 +46,7 @@ def optimize(target: Any = None, **options: Any) -> Any:
         name: options.pop(name) for name in ("dynamic", "fullgraph") if name in options
     }
     _validate(options)
+    _ignore_messages()
     arguments.update(backend="memopt", options=options)
     if isinstance(target, type):
         return _optimize_class(target, arguments)
@@ -72,3 +79,11 @@ def _validate(options: dict[str, Any]) -> None:
     from memopt.backend import read_options
 
     read_options(options)
+
+
+def _ignore_messages() -> None:
+    """Have Dynamo skip what transformers adds to ``logging.Logger``, where it is imported."""
+    for name in ("warning_once", "info_once", "warning_advice"):
+        method = getattr(logging.Logger, name, None)
+        if method is not None:
+            dynamo_config.ignore_logging_functions.add(method)

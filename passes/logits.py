@@ -1,4 +1,4 @@
-"""Finds the logits of a head in a Dynamo graph: every node that holds them, and who reads them.
+"""Follows the logits of a head through a Dynamo graph: who holds them, and who reads them.
 
 Starting at a linear layer, logits are followed through whatever changes their shape row by row,
 their dtype, or their values by a constant factor and a softcap. Each such step commutes with the
@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from memopt._torch import size_hint
 from memopt.emit import emit, extent, same_shape, shape_of, traced
+from memopt.passes.heads import TRANSPOSES, Head, loosely, untransposed
 
 _PLAIN = frozenset({"contiguous", "clone"})
 _CASTS: Mapping[str, torch.dtype] = {
@@ -39,32 +41,7 @@ _FACTORS: Mapping[Any, Callable[[float], float]] = {
 _TANH = frozenset({torch.tanh, "tanh", F.tanh})
 _ADD = frozenset({operator.add, operator.iadd, torch.add, "add"})
 _LOG_SOFTMAX = frozenset({F.log_softmax, torch.log_softmax, "log_softmax"})
-_TRANSPOSES = frozenset({torch.transpose, "transpose", torch.swapaxes, "swapaxes", "mT"})
 _PERMUTES = frozenset({torch.permute, "permute", torch.movedim, "movedim"})
-
-
-@dataclass(frozen=True)
-class Head:
-    """A linear layer ``hidden @ weight.T + bias``.
-
-    Attributes:
-        node: the node that computes the product.
-        hidden: its input, `(..., H)`.
-        weight: `(V, H)`, or `(H, V)` where ``transposed``.
-        bias: `(V,)` or None.
-        transposed: whether the weight is stored the other way round.
-    """
-
-    node: fx.Node
-    hidden: fx.Node
-    weight: fx.Node
-    bias: fx.Node | None
-    transposed: bool = False
-
-    @property
-    def classes(self) -> Any:
-        """``V``."""
-        return shape_of(self.node)[-1]
 
 
 @dataclass(frozen=True)
@@ -99,77 +76,9 @@ class Logits:
         return dtype
 
 
-def find_head(node: fx.Node) -> Head | None:
-    """The linear layer that a node is, in any of its spellings."""
-    if node.op not in ("call_function", "call_method") or node.kwargs:
-        return None
-    target, args = node.target, _any(node.args)
-    if target is F.linear and isinstance(args[0], fx.Node) and isinstance(args[1], fx.Node):
-        bias = args[2] if len(args) > 2 else None
-        return _checked(Head(node, args[0], args[1], bias))
-    if target in (operator.matmul, torch.matmul, torch.mm, "matmul", "mm"):
-        hidden, right = args[:2]
-        if not (isinstance(hidden, fx.Node) and isinstance(right, fx.Node)):
-            return None
-        weight = _untransposed(right)
-        if weight is not None:
-            return _checked(Head(node, hidden, weight, None))
-        return _checked(Head(node, hidden, right, None, transposed=True))
-    return None
-
-
-def _any(arguments: Any) -> Any:
-    """Arguments of a node without their type, which is a union of everything."""
-    return arguments
-
-
-def _checked(head: Head) -> Head | None:
-    """A head has a 2-D weight, and rows to work on."""
-    shape, weight = shape_of(head.hidden), shape_of(head.weight)
-    rows_at = 0 if head.transposed else 1
-    if len(weight) != 2 or not shape:
-        return None
-    if not same_shape(shape_of(head.node), (*shape[:-1], weight[1 - rows_at])):
-        return None
-    if head.bias is not None and not (isinstance(head.bias, fx.Node) and shape_of(head.bias)):
-        return None
-    return head
-
-
-def _untransposed(node: fx.Node) -> fx.Node | None:
-    """``w`` of ``w.t()``, ``w.T`` or ``w.transpose(0, 1)``."""
-    if not node.args or not isinstance(node.args[0], fx.Node):
-        return None
-    flips = node.target in ("t", torch.t, "T", "mT") or (
-        node.op == "call_function" and node.target is getattr and node.args[1] in ("T", "mT")
-    )
-    dims = {d % 2 for d in _any(node.args[1:3]) if isinstance(d, int)}
-    flips = flips or (node.target in _TRANSPOSES and dims == {0, 1})
-    return node.args[0] if flips and len(shape_of(node)) == 2 else None
-
-
-def source_of(node: fx.Node) -> Head | None:
-    """The head that a loss's input comes from, by one walk back through shape and value steps."""
-    seen = 0
-    while seen < 64:
-        head = find_head(node)
-        if head is not None:
-            return head
-        inputs = [a for a in node.args[:2] if isinstance(a, fx.Node) and shape_of(a)]
-        if node.op not in ("call_function", "call_method") or not inputs:
-            return None
-        node = max(inputs, key=lambda n: math.prod(map(_size, shape_of(n))))
-        seen += 1
-    return None
-
-
-def _size(dimension: Any) -> int:
-    return dimension if isinstance(dimension, int) else 1024
-
-
 def follow(head: Head) -> tuple[dict[fx.Node, Logits], list[tuple[fx.Node, Logits]]]:
     """Every node that holds the head's logits, and every reader that does something else."""
-    members = {head.node: Logits(head.node, bias=head.bias)}
+    members = {head.node: Logits(head.node, bias=head.bias, path=head.path)}
     readers: list[tuple[fx.Node, Logits]] = []
     todo = [head.node]
     while todo:
@@ -183,6 +92,21 @@ def follow(head: Head) -> tuple[dict[fx.Node, Logits], list[tuple[fx.Node, Logit
                 todo.append(user)
     order = {node: i for i, node in enumerate(head.node.graph.nodes)}
     return members, sorted(readers, key=lambda reader: order[reader[0]])
+
+
+def flipped(user: fx.Node, logits: Logits, head: Head) -> Head | None:
+    """The head whose logits are the transpose of these: hidden state and weight change places.
+
+    A contrastive loss reads its similarities in both directions.
+    """
+    plain = logits.scale == 1.0 and not logits.softcap and logits.bias is None
+    factors = all(step.target in _FACTORS for step in logits.path)
+    if not (plain and factors) or logits.normalised or head.transposed:
+        return None
+    square = len(shape_of(head.hidden)) == len(shape_of(user)) == 2
+    if not square or untransposed(user) is not logits.node:
+        return None
+    return Head(user, head.weight, head.hidden, None, path=logits.path)
 
 
 def _step(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
@@ -233,26 +157,34 @@ def _valued(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
         return replace(logits, softcap=1.0)
     if len(user.args) != 2:
         return None
-    left, right = _any(user.args)
+    left, right = loosely(user.args)
     constant = right if left is logits.node else left
     if user.target in _FACTORS and isinstance(constant, (int, float)):
-        divides = _FACTORS[user.target](2.0) != 2.0
-        if divides and left is not logits.node:
+        if _divides(user) and left is not logits.node:
             return None
         return _scaled(logits, _FACTORS[user.target](float(constant)))
     if user.target in _FACTORS and isinstance(constant, fx.Node):
         # One factor for all classes may as well go to the hidden state.
-        plain = left is logits.node and logits.bias is None and not logits.softcap
-        one = math.prod(map(_size, shape_of(constant))) == 1 and traced(constant).dim() < 2
-        return replace(logits, path=(*logits.path, user)) if plain and one else None
+        plain = left is logits.node or not _divides(user)
+        plain = plain and logits.bias is None and not logits.softcap
+        return replace(logits, path=(*logits.path, user)) if plain and _is_one(constant) else None
     if user.target in _ADD and isinstance(constant, fx.Node):
         plain = logits.bias is None and logits.scale == 1.0 and not logits.softcap
         shape = shape_of(constant)
-        wide = same_shape(shape[-1:], (head.classes,)) and math.prod(map(_size, shape)) == _size(
-            head.classes
-        )
+        one_row = math.prod(map(size_hint, shape)) == size_hint(head.classes)
+        wide = same_shape(shape[-1:], (head.classes,)) and one_row
         return replace(logits, bias=constant) if plain and wide else None
     return None
+
+
+def _divides(node: fx.Node) -> bool:
+    return _FACTORS[node.target](2.0) != 2.0
+
+
+def _is_one(node: fx.Node) -> bool:
+    """Whether a node is a tensor with one entry, and no more than one dimension."""
+    value = traced(node)
+    return isinstance(value, torch.Tensor) and value.dim() < 2 and math.prod(value.shape) == 1
 
 
 def _scaled(logits: Logits, factor: float) -> Logits | None:
@@ -271,7 +203,7 @@ def _overwrites(user: fx.Node) -> bool:
 def _normalised(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
     if user.target not in _LOG_SOFTMAX or logits.node is not user.args[0] or logits.normalised:
         return None
-    dim = _any(user.args[1] if len(user.args) > 1 else user.kwargs.get("dim"))
+    dim = loosely(user.args[1] if len(user.args) > 1 else user.kwargs.get("dim"))
     rank = len(shape_of(logits.node))
     last = isinstance(dim, int) and dim % rank == rank - 1
     return replace(logits, normalised=True) if last and logits.classes_at == -1 else None
@@ -285,14 +217,14 @@ def _shaped(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
     if not after or not before or not same_shape(after[-1:], before[-1:]):
         return None
     rank = len(before)
-    target, args = user.target, _any(user.args[1:])
+    target, args = user.target, loosely(user.args[1:])
     whole = (
         target in _RESHAPES
         or (target in ("flatten", torch.flatten) and _flattens_rows(args, rank))
         or (target is operator.getitem and _keeps_last(args[0], rank))
         or (target in ("squeeze", torch.squeeze, "select", "narrow") and _dims_of(args[:1], rank))
         or (target in ("unsqueeze", torch.unsqueeze) and _dims_of(args[:1], rank + 1))
-        or (target in _TRANSPOSES and len(args) == 2 and _dims_of(args, rank))
+        or (target in TRANSPOSES and len(args) == 2 and _dims_of(args, rank))
     )
     return replace(logits, path=(*logits.path, user)) if whole and not user.kwargs else None
 
@@ -327,11 +259,11 @@ def _swapped(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
         return None
     if not same_shape(after, (before[0], before[-1], *before[1:-1])):
         return None
-    args = _any(user.args[1:])
+    args = loosely(user.args[1:])
     dims = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
     if not all(isinstance(d, int) for d in dims):
         return None
-    if user.target in _TRANSPOSES:
+    if user.target in TRANSPOSES:
         moved = rank == 3 and {d % rank for d in dims} == {1, 2}
     elif user.target in ("movedim", torch.movedim):
         moved = [d % rank for d in dims] == [rank - 1, 1]
@@ -349,11 +281,11 @@ def rows_of(graph: fx.Graph, head: Head, logits: Logits, cache: dict[Any, fx.Nod
         key = logits.path[: i + 1]
         if key not in cache:
             if step.target in _FACTORS:
-                divides = _FACTORS[step.target](2.0) != 2.0
-                target = operator.truediv if divides else operator.mul
-                cache[key] = emit(graph, target, (node, *step.args[1:]), like=step)
+                target = operator.truediv if _divides(step) else operator.mul
+                factor = next(n for n in reversed(step.all_input_nodes) if _is_one(n))
+                cache[key] = emit(graph, target, (node, factor), like=step)
             elif step.target in _RESHAPES:
-                sizes = _any(step.args[1:])
+                sizes = loosely(step.args[1:])
                 sizes = sizes[0] if isinstance(sizes[0], (tuple, list)) else sizes
                 cache[key] = emit(graph, "reshape", (node, *sizes[:-1], width), like=step)
             else:

@@ -142,3 +142,17 @@ def test_explain_leaves_the_model_as_it_was() -> None:
     assert len(report.to_dict()["graphs"]) == 1
     assert not is_compiled(lambda: net(x))
     assert net._compiled_call_impl is None
+
+
+def test_a_message_between_head_and_loss_does_not_break_the_graph() -> None:
+    from transformers.utils import logging
+
+    logger = logging.get_logger("transformers.memopt_test")
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        logger.warning_once("said once")
+        return y.sum()
+
+    compiled = memopt.optimize(function, fullgraph=True, lowering="eager")
+    assert compiled(torch.ones(3)) == 6

@@ -184,3 +184,61 @@ def test_an_in_place_method_survives_the_removal_of_dead_code() -> None:
     x0 = torch.zeros(2)
     assert torch.equal(gm(x0), torch.ones(2).cos())
     assert torch.equal(x0, torch.ones(2))
+
+
+class Ramp(torch.autograd.Function):
+    """Identity whose backward writes in place, as transformers' mixture routers do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        (g,) = gradients
+        total = torch.zeros_like(g)
+        total.scatter_add_(0, torch.arange(len(g)), g)
+        return total
+
+
+def ramp(x: torch.Tensor) -> Any:
+    return (Ramp.apply(x) * 2).sum()  # type: ignore[no-untyped-call]
+
+
+def test_dead_code_in_the_body_of_an_autograd_function_is_none_of_ours() -> None:
+    """Torch's own elimination descends into the body and drops the ``scatter_add_``."""
+    dead = Pipeline("test", [make_pass("counts", lambda graph: 1)])
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        dead.run(gm, PassContext(Config()))
+        return gm.forward
+
+    x = torch.randn(5, requires_grad=True)
+    compiled = torch.compile(ramp, backend=backend)
+    (gradient,) = torch.autograd.grad(compiled(x), x)
+    assert torch.equal(gradient, torch.full((5,), 2.0))
+
+
+def test_levels_of_vmap_and_writes_survive_the_removal_of_dead_code() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch.vmap(lambda row: row * 2)(x)
+        y[0] = 3.0
+        return y
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        Pipeline("test", [make_pass("counts", lambda graph: 1)]).run(gm, PassContext(Config()))
+        return gm.forward
+
+    x = torch.randn(3, 4)
+    assert torch.equal(torch.compile(function, backend=backend)(x), function(x))
+
+
+def test_a_wrapper_of_an_undone_pass_is_taken_off_again() -> None:
+    def fails(graph: fx.Graph) -> int:
+        ctx.wrappers.append(lambda compiled: compiled)
+        raise ValueError("late")
+
+    ctx = PassContext(Config())
+    with pytest.warns(UserWarning, match="late"):
+        Pipeline("test", [make_pass("fails", fails)]).run(module(), ctx)
+    assert ctx.wrappers == []

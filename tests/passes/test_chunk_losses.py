@@ -241,6 +241,49 @@ def test_what_cannot_be_served_is_left_alone_with_the_reason(form: str) -> None:
     assert_close(gradients(actual, inputs), wanted)
 
 
+PAIRS = 300
+
+
+def clip(i: Inputs, scale: Tensor) -> Tensor:
+    """As open_clip writes it: both directions, each with its own product."""
+    x, y = F.normalize(i.x, dim=-1), F.normalize(i.w, dim=-1)
+    labels = torch.arange(PAIRS)
+    by_image, by_text = scale * x @ y.T, scale * y @ x.T
+    return (F.cross_entropy(by_image, labels) + F.cross_entropy(by_text, labels)) / 2
+
+
+def transposed(i: Inputs, scale: Tensor) -> Tensor:
+    """The second direction is the transpose of the first."""
+    similarities = scale * (i.x @ i.w.t())
+    labels = torch.arange(PAIRS)
+    return (F.cross_entropy(similarities, labels) + F.cross_entropy(similarities.mT, labels)) / 2
+
+
+@pytest.mark.parametrize("function", [clip, transposed])
+def test_contrastive_losses_never_hold_the_similarities(function: Any) -> None:
+    inputs = Inputs()
+    inputs.x = torch.randn(PAIRS, 8, dtype=torch.float64, requires_grad=True)
+    inputs.w = torch.randn(PAIRS, 8, dtype=torch.float64, requires_grad=True)
+    sizes: list[int] = []
+    expected = function(inputs, inputs.temperature)
+    wanted = gradients(expected, inputs)
+    actual, (record,) = run_compiled(function, inputs, inputs.temperature)
+    assert record.rewrites["chunk_losses"] == (2 if function is clip else 1), record.remarks
+    torch.testing.assert_close(actual, expected)
+    assert_close(gradients(actual, inputs), wanted)
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        Pipeline("pre_grad", PRE_GRAD).run(gm, PassContext(read_options(options())))
+        values = [n.meta.get("example_value") for n in gm.graph.nodes]
+        sizes.extend(v.numel() for v in values if isinstance(v, Tensor))
+        return gm.forward
+
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(function, backend=backend)
+    compiled(inputs, inputs.temperature)
+    assert max(sizes) < PAIRS * PAIRS
+
+
 @pytest.mark.parametrize("frozen", ["x", "w", "all but the bias"])
 def test_a_frozen_part_gets_no_gradient_and_the_others_theirs(frozen: str) -> None:
     inputs = Inputs()

@@ -1,0 +1,105 @@
+"""Linear layers in a Dynamo graph, in any of their spellings."""
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from memopt._torch import size_hint
+from memopt.emit import same_shape, shape_of
+
+TRANSPOSES = frozenset({torch.transpose, "transpose", torch.swapaxes, "swapaxes", "mT"})
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear layer ``hidden @ weight.T + bias``.
+
+    Attributes:
+        node: the node that computes the product.
+        hidden: its input, `(..., H)`.
+        weight: `(V, H)`, or `(H, V)` where ``transposed``.
+        bias: `(V,)` or None.
+        transposed: whether the weight is stored the other way round.
+        path: factors on the product that ``node`` contains already; see ``Logits``.
+    """
+
+    node: fx.Node
+    hidden: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    transposed: bool = False
+    path: tuple[fx.Node, ...] = ()
+
+    @property
+    def classes(self) -> Any:
+        """``V``."""
+        return shape_of(self.node)[-1]
+
+
+def find_head(node: fx.Node) -> Head | None:
+    """The linear layer that a node is, in any of its spellings."""
+    if node.op not in ("call_function", "call_method") or node.kwargs:
+        return None
+    target, args = node.target, loosely(node.args)
+    if target is F.linear and isinstance(args[0], fx.Node) and isinstance(args[1], fx.Node):
+        bias = args[2] if len(args) > 2 else None
+        return _checked(Head(node, args[0], args[1], bias))
+    if target in (operator.matmul, torch.matmul, torch.mm, "matmul", "mm"):
+        hidden, right = args[:2]
+        if not (isinstance(hidden, fx.Node) and isinstance(right, fx.Node)):
+            return None
+        weight = untransposed(right)
+        if weight is not None:
+            return _checked(Head(node, hidden, weight, None))
+        return _checked(Head(node, hidden, right, None, transposed=True))
+    return None
+
+
+def loosely(arguments: Any) -> Any:
+    """Arguments of a node without their type, which is a union of everything."""
+    return arguments
+
+
+def _checked(head: Head) -> Head | None:
+    """A head has a 2-D weight, and rows to work on."""
+    shape, weight = shape_of(head.hidden), shape_of(head.weight)
+    rows_at = 0 if head.transposed else 1
+    if len(weight) != 2 or not shape:
+        return None
+    if not same_shape(shape_of(head.node), (*shape[:-1], weight[1 - rows_at])):
+        return None
+    if head.bias is not None and not (isinstance(head.bias, fx.Node) and shape_of(head.bias)):
+        return None
+    return head
+
+
+def untransposed(node: fx.Node) -> fx.Node | None:
+    """``w`` of ``w.t()``, ``w.T`` or ``w.transpose(0, 1)``."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    flips = node.target in ("t", torch.t, "T", "mT") or (
+        node.op == "call_function" and node.target is getattr and node.args[1] in ("T", "mT")
+    )
+    dims = {d % 2 for d in loosely(node.args[1:3]) if isinstance(d, int)}
+    flips = flips or (node.target in TRANSPOSES and dims == {0, 1})
+    return node.args[0] if flips and len(shape_of(node)) == 2 else None
+
+
+def source_of(node: fx.Node) -> Head | None:
+    """The head that a loss's input comes from, by one walk back through shape and value steps."""
+    seen = 0
+    while seen < 64:
+        head = find_head(node)
+        if head is not None:
+            return head
+        inputs = [a for a in node.args[:2] if isinstance(a, fx.Node) and shape_of(a)]
+        if node.op not in ("call_function", "call_method") or not inputs:
+            return None
+        node = max(inputs, key=lambda n: math.prod(map(size_hint, shape_of(n))))
+        seen += 1
+    return None

@@ -1,0 +1,140 @@
+"""The losses on logits that one row operator can serve, in the spellings of plain PyTorch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from memopt.emit import same_shape, shape_of, traced
+from memopt.passes.heads import Head, source_of
+from memopt.passes.logits import Logits
+
+_NOTHING = -(2**62)  # an index that no target has
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One reader of logits that a row operator can serve.
+
+    Attributes:
+        node: the reader.
+        logits: what it reads.
+        kind: ``"cross_entropy"``, ``"log_sum_exp"``, ``"gather"`` or ``"log_prob"``.
+        target: classes or distributions, or None.
+        weight: of the classes, or None.
+        reduction: of a cross-entropy.
+        ignore_index: the class that does not count.
+        label_smoothing: in ``[0, 1]``.
+    """
+
+    node: fx.Node
+    logits: Logits
+    kind: str
+    target: fx.Node | None = None
+    weight: fx.Node | None = None
+    reduction: str = "mean"
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+
+
+def find_heads(graph: fx.Graph) -> list[Head]:
+    """The linear layers whose product goes to something that may be a loss, in order."""
+    starts = [
+        node.args[0]
+        for node in graph.nodes
+        if node.op in ("call_function", "call_method") and node.target in _STARTS and node.args
+    ]
+    heads = [source_of(start) for start in starts if isinstance(start, fx.Node)]
+    return list(dict.fromkeys(head for head in heads if head is not None))
+
+
+def find_loss(reader: fx.Node, logits: Logits) -> Loss | None:
+    """What a reader of logits computes, if it is one of the losses here."""
+    return next((loss for rule in _RULES if (loss := rule(reader, logits))), None)
+
+
+def _arguments(node: fx.Node, names: str) -> dict[str, Any]:
+    """Positional and keyword arguments by name."""
+    return {**dict(zip(names.split(), node.args, strict=False)), **node.kwargs}
+
+
+def _cross_entropy(node: fx.Node, logits: Logits) -> Loss | None:
+    if node.target is not F.cross_entropy or logits.normalised:
+        return None
+    a = _arguments(
+        node,
+        "input target weight size_average ignore_index reduce reduction label_smoothing",
+    )
+    return _entropy(node, logits, a, float(a.get("label_smoothing", 0.0)))
+
+
+def _nll(node: fx.Node, logits: Logits) -> Loss | None:
+    if node.target not in (F.nll_loss,) or not logits.normalised:
+        return None
+    a = _arguments(node, "input target weight size_average ignore_index reduce reduction")
+    return _entropy(node, logits, a, 0.0)
+
+
+def _entropy(node: fx.Node, logits: Logits, a: dict[str, Any], smoothing: float) -> Loss | None:
+    target, weight = a.get("target"), a.get("weight")
+    if a.get("input") is not logits.node or not isinstance(target, fx.Node):
+        return None
+    if a.get("size_average") is not None or a.get("reduce") is not None:
+        return None
+    if any(isinstance(n, fx.Node) and traced(n).requires_grad for n in (target, weight)):
+        return None
+    rank = len(shape_of(logits.node))
+    if (logits.classes_at == -1) != (rank == 2):
+        return None
+    ignored = a.get("ignore_index", -100)
+    return Loss(
+        node,
+        logits,
+        "cross_entropy",
+        target,
+        weight,
+        a.get("reduction", "mean"),
+        ignored,
+        smoothing,
+    )
+
+
+def _log_sum_exp(node: fx.Node, logits: Logits) -> Loss | None:
+    if node.target not in (torch.logsumexp, "logsumexp") or logits.normalised:
+        return None
+    a = _arguments(node, "input dim keepdim")
+    dim, rank = a.get("dim"), len(shape_of(logits.node))
+    if isinstance(dim, (tuple, list)) and len(dim) == 1:
+        dim = dim[0]
+    last = isinstance(dim, int) and dim % rank == rank - 1 and logits.classes_at == -1
+    return Loss(node, logits, "log_sum_exp") if last else None
+
+
+def _gather(node: fx.Node, logits: Logits) -> Loss | None:
+    """``gather(z, -1, y[..., None])``, of logits or of log-probabilities."""
+    if node.target not in (torch.gather, "gather") or node.args[:1] != (logits.node,):
+        return None
+    a = _arguments(node, "input dim index")
+    dim, index, rank = a.get("dim"), a.get("index"), len(shape_of(logits.node))
+    if not (isinstance(dim, int) and dim % rank == rank - 1 and isinstance(index, fx.Node)):
+        return None
+    rows = shape_of(logits.node)[:-1]
+    if not same_shape(shape_of(index), (*rows, 1)) or logits.classes_at != -1:
+        return None
+    return Loss(
+        node, logits, "log_prob" if logits.normalised else "gather", index, ignore_index=_NOTHING
+    )
+
+
+_RULES: tuple[Callable[[fx.Node, Logits], Loss | None], ...] = (
+    _cross_entropy,
+    _nll,
+    _log_sum_exp,
+    _gather,
+)
+_STARTS = frozenset(
+    {F.cross_entropy, F.nll_loss, torch.gather, "gather", torch.logsumexp, "logsumexp"}
+)

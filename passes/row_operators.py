@@ -1,0 +1,139 @@
+"""Writes the row operators that take the place of a head's losses."""
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from memopt._torch import size_hint
+from memopt.emit import emit, extent, shape_of, traced
+from memopt.kernels.head import default_chunk_rows
+from memopt.kernels.linear_cross_entropy import REDUCED, ROWS
+from memopt.passes.heads import Head
+from memopt.passes.logits import rows_of
+from memopt.passes.row_losses import Loss
+
+
+class RowOperators:
+    """One head's operators; losses on the same rows and targets share one."""
+
+    def __init__(self, graph: fx.Graph, head: Head, chunk_rows: int) -> None:
+        self.graph, self.head = graph, head
+        self.rows: dict[Any, fx.Node] = {}
+        device = traced(head.node).device
+        rows = math.prod(size_hint(size) for size in shape_of(head.node)[:-1])
+        self.chunk_rows = chunk_rows or default_chunk_rows(rows, size_hint(head.classes), device)
+        self._shared: dict[Any, fx.Node] = {}
+
+    def replace(self, loss: Loss, *, alone: bool) -> None:
+        """Put an operator in the loss's place."""
+        node = loss.node
+        self.like = node
+        with self.graph.inserting_before(node):
+            if loss.kind == "cross_entropy" and alone and loss.reduction != "none":
+                mean = loss.reduction == "mean"
+                result = self._item(self._op(REDUCED, loss, mean), 0)
+            elif loss.kind == "cross_entropy":
+                result = self._reduced(loss)
+            elif loss.kind == "log_sum_exp":
+                result = self._item(self._rows(loss), 1)
+            else:
+                result = self._picked(loss)
+            result = self._as(result, loss)
+        node.replace_all_uses_with(result)
+        self.graph.erase_node(node)
+
+    def _op(self, op: Any, loss: Loss, *more: Any) -> fx.Node:
+        """Call a row operator on the loss's rows."""
+        head, logits = self.head, loss.logits
+        dtype = traced(head.node).dtype
+        differentiable = traced(loss.node).requires_grad
+        inputs = (head.hidden, head.weight, logits.bias)
+        wanted = [
+            differentiable and n is not None and bool(traced(n).requires_grad) for n in inputs
+        ]
+        width = extent(self.graph, head.hidden, -1)
+        hidden = rows_of(self.graph, head, logits, self.rows)
+        x = self._call("reshape", self._typed(hidden, dtype), -1, width)
+        weight = self._typed(head.weight, dtype)
+        if head.transposed:
+            weight = self._call("t", weight)
+        bias = None
+        if logits.bias is not None:
+            bias = self._call("reshape", self._typed(logits.bias, dtype), -1)
+        target = self._target(loss, x)
+        return self._call(
+            op, x, weight, bias, target, loss.weight, loss.ignore_index, loss.label_smoothing,
+            logits.scale, logits.softcap, self.chunk_rows, wanted, *more,
+        )  # fmt: skip
+
+    def _target(self, loss: Loss, x: fx.Node) -> fx.Node:
+        if loss.target is None:
+            rows = extent(self.graph, x, 0)
+            return self._call("new_zeros", x, rows, dtype=torch.int64)
+        if traced(loss.target).is_floating_point():
+            target = loss.target
+            if loss.logits.classes_at == 1:
+                target = self._call("movedim", target, 1, -1)
+            classes = extent(self.graph, target, -1)
+            return self._call("reshape", target, -1, classes)
+        return self._call("reshape", loss.target, -1)
+
+    def _rows(self, loss: Loss) -> fx.Node:
+        """The operator on rows; readers of the same rows and targets share it."""
+        key = (loss.logits.path, loss.target, loss.weight, loss.ignore_index, loss.label_smoothing)
+        if key not in self._shared:
+            self._shared[key] = self._op(ROWS, loss)
+        return self._shared[key]
+
+    def _reduced(self, loss: Loss) -> fx.Node:
+        values = self._item(self._rows(loss), 0)
+        if loss.reduction == "none":
+            return values
+        total = self._call("sum", values)
+        if loss.reduction == "sum":
+            return total
+        assert loss.target is not None
+        if traced(loss.target).is_floating_point():
+            return self._call("div", total, extent(self.graph, values, 0))
+        target = self._target(loss, values)
+        valid = self._call("ne", target, loss.ignore_index)
+        if loss.weight is None:
+            return self._call("div", total, self._call("sum", valid))
+        known = self._call("mul", target, valid)
+        weights = self._call("index_select", loss.weight, 0, known)
+        return self._call("div", total, self._call("sum", self._call("mul", weights, valid)))
+
+    def _picked(self, loss: Loss) -> fx.Node:
+        """Log-probabilities of the targets, or their logits."""
+        rows = self._rows(loss)
+        values = self._call("neg", self._item(rows, 0))
+        return (
+            values if loss.kind == "log_prob" else self._call("add", values, self._item(rows, 1))
+        )
+
+    def _as(self, result: fx.Node, loss: Loss) -> fx.Node:
+        """In the dtype and shape of what it replaces."""
+        result = self._typed(result, traced(loss.node).dtype)
+        if not shape_of(result) or len(shape_of(loss.node)) == 1:
+            return result
+        if loss.target is not None:
+            rows = loss.target
+            if loss.kind == "cross_entropy" and traced(rows).is_floating_point():
+                rows = self._call("select", rows, 1, 0)
+            return self._call("view_as", result, rows)
+        rows = self._call("select", rows_of(self.graph, self.head, loss.logits, self.rows), -1, 0)
+        result = self._call("view_as", result, rows)
+        kept = len(shape_of(loss.node)) > len(shape_of(rows))
+        return self._call("unsqueeze", result, -1) if kept else result
+
+    def _typed(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return node if traced(node).dtype == dtype else self._call("to", node, dtype)
+
+    def _item(self, node: fx.Node, index: int) -> fx.Node:
+        return self._call(operator.getitem, node, index)
+
+    def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return emit(self.graph, target, args, kwargs, like=self.like)

@@ -1,0 +1,62 @@
+"""The chunked-loss pass on every causal language model of transformers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from bench.zoo import step
+from bench.zoo.families import CAUSAL_LMS, Family, trains_in_eager
+from memopt.backend import compile_graph, read_options
+from memopt.record import GraphRecord
+
+# Heads and losses with a form of their own.
+UNMATCHED = {
+    "dory": "a trained factor per class",
+    "musicgen": "graph breaks between one head per codebook and their losses",
+    "musicgen_melody": "graph breaks between one head per codebook and their losses",
+}
+
+
+def gradients(run: Any, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(3)
+    step(run, inputs)
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def matched(family: Family) -> bool:
+    """Whether the pass fires; whether or not, the numbers must be eager's."""
+    model, inputs = family.make(vocab=512)
+    expected = gradients(model, model, inputs)
+    records: list[GraphRecord] = []
+    config = read_options({"lowering": "eager", "strict": True})
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        return compile_graph(gm, example_inputs, config, records.append)
+
+    actual = gradients(torch.compile(model, backend=backend), model, inputs)
+    assert actual.keys() == expected.keys()
+    scale = max(float(g.abs().max()) for g in expected.values())
+    worst = max(float((actual[n] - g).abs().max()) for n, g in expected.items())
+    assert worst <= 2e-6 * scale, f"{family.name}: {worst / scale:.1e}"
+    return any(record.rewrites["chunk_losses"] for record in records)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mamba", "phimoe", "granite", "gpt2", "doge"])
+def test_softcaps_factors_scans_and_routers_are_matched(name: str) -> None:
+    (family,) = (f for f in CAUSAL_LMS if f.name == name)
+    assert matched(family)
+
+
+@pytest.mark.slow
+def test_every_family_that_trains_has_eagers_gradients_and_nearly_every_one_is_matched() -> None:
+    trained = [family for family in CAUSAL_LMS if trains_in_eager(family) is None]
+    found = {}
+    for family in trained:
+        torch._dynamo.reset()
+        found[family.name] = matched(family)
+    assert {name for name, fired in found.items() if not fired} <= UNMATCHED.keys()
+    assert sum(found.values()) >= 0.95 * len(trained)
