@@ -52,7 +52,7 @@ from torch._logging._internal import trace_structured
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._python_dispatch import _disable_current_modes as disable_modes
 
 __all__ = [
@@ -91,6 +91,7 @@ __all__ = [
     "inductor_config",
     "inductor_handlers",
     "is_sym_node",
+    "is_traceable_wrapper_subclass",
     "list_mode_options",
     "mutated_inputs",
     "pytree",

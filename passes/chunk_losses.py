@@ -20,7 +20,7 @@ from memopt._torch import size_hint
 from memopt.emit import emit, traced
 from memopt.errors import ConfigError
 from memopt.graph import source_line
-from memopt.passes.heads import Head
+from memopt.passes.heads import Head, unsafe
 from memopt.passes.logits import Logits, flipped, follow, rows_of
 from memopt.passes.row_losses import Loss, find_heads, find_loss
 from memopt.passes.row_operators import RowOperators
@@ -93,12 +93,12 @@ class ChunkLosses:
                     return f"the logits are also read by {reader.name} ({reader.target})"
         if not losses:
             return "no loss reads the logits"
-        if reason := self._refusal(head, returned):
+        last = max(loss.node for group in losses.values() for loss in group)
+        if reason := unsafe(head, last) or self._refusal(head, returned):
             return reason
         operators = {own: RowOperators(graph, own, self.chunk_rows) for own in heads}
         for own, group in losses.items():
-            for loss in group:
-                operators[own].replace(loss, alone=len(group) == 1)
+            operators[own].replace_all(group)
         (output,) = graph.find_nodes(op="output")
         for logits in dict.fromkeys(returned):
             self._return(graph, head, logits, operators[head], output, ctx)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from memopt._torch import size_hint
-from memopt.emit import same_shape, shape_of
+from memopt._torch import is_traceable_wrapper_subclass, size_hint
+from memopt.emit import same_shape, shape_of, traced
 
 TRANSPOSES = frozenset({torch.transpose, "transpose", torch.swapaxes, "swapaxes", "mT"})
 
@@ -103,3 +103,33 @@ def source_of(node: fx.Node) -> Head | None:
         node = max(inputs, key=lambda n: math.prod(map(size_hint, shape_of(n))))
         seen += 1
     return None
+
+
+def unsafe(head: Head, last: fx.Node) -> str:
+    """Why the product may not be computed as late as at ``last``, by an operator; or ``""``."""
+    inputs = [n for n in (head.hidden, head.weight, head.bias) if n is not None]
+    if any(is_traceable_wrapper_subclass(traced(n)) for n in inputs):
+        return "the head is distributed, or of another tensor subclass"
+    nodes = list(head.node.graph.nodes)
+    names = [getattr(n.target, "__name__", str(n.target)) for n in nodes]
+    before = names[: nodes.index(head.node)]
+    entered = sum(name.endswith("_increment_nesting") for name in before)
+    if entered > sum(name.endswith("_decrement_nesting") for name in before):
+        return "the head is inside a functorch transform"
+    memory = {_memory(n) for n in inputs}
+    for node, name in zip(nodes, names, strict=True):
+        late = head.node < node < last and _writes(name)
+        if late and memory & set(map(_memory, node.all_input_nodes)):
+            return f"{node.name} overwrites an input of the head before the loss"
+    return ""
+
+
+def _writes(name: str) -> bool:
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in ("setitem", "iadd", "isub", "imul", "itruediv")
+
+
+def _memory(node: fx.Node) -> Any:
+    """What tensors share if they are views of each other; the node where it is no tensor."""
+    value = traced(node)
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else node

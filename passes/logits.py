@@ -70,6 +70,13 @@ class Logits:
     detached: bool = False
 
     @property
+    def values(self) -> tuple[object, ...]:
+        """Equal where the values are, row by row: the same rows in order, changed alike."""
+        order = (*_RESHAPES, "flatten", torch.flatten, "unsqueeze", torch.unsqueeze)
+        rows = tuple(step for step in self.path if step.target not in order)
+        return rows, self.scale, self.softcap, self.bias
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the values."""
         dtype: torch.dtype = traced(self.node).dtype
@@ -149,7 +156,7 @@ def _valued(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
     """``c * z``, ``z / c``, ``tanh(z)`` and ``z + buffer``."""
     if logits.normalised or not user.args or len(user.args) > 2 or user.kwargs:
         return None
-    if _overwrites(user) and len(logits.node.users) > 1:
+    if _overwrites(user) and not _alone(logits.node, head):
         return None
     if user.target in _TANH:
         if logits.softcap:
@@ -193,6 +200,13 @@ def _scaled(logits: Logits, factor: float) -> Logits | None:
         return None
     cap = logits.softcap * factor
     return replace(logits, scale=logits.scale * factor, softcap=cap)
+
+
+def _alone(node: fx.Node, head: Head) -> bool:
+    """Whether nothing but the next step reads a node or what it is a view of, up to the head."""
+    while len(node.users) == 1 and node is not head.node:
+        node = next(a for a in node.all_input_nodes if shape_of(a))
+    return len(node.users) == 1
 
 
 def _overwrites(user: fx.Node) -> bool:

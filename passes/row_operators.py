@@ -2,6 +2,7 @@
 
 import math
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,9 +28,13 @@ class RowOperators:
         self.chunk_rows = chunk_rows or default_chunk_rows(rows, size_hint(head.classes), device)
         self._shared: dict[Any, fx.Node] = {}
 
-    def replace(self, loss: Loss, *, alone: bool) -> None:
-        """Put an operator in the loss's place."""
-        node = loss.node
+    def replace_all(self, losses: list[Loss]) -> None:
+        """Put operators in the places of all losses, which are in the order of the graph."""
+        for loss in losses:
+            self._replace(loss, losses)
+
+    def _replace(self, loss: Loss, losses: list[Loss]) -> None:
+        node, alone = loss.node, len(losses) == 1
         self.like = node
         with self.graph.inserting_before(node):
             if loss.kind == "cross_entropy" and alone and loss.reduction != "none":
@@ -38,7 +43,7 @@ class RowOperators:
             elif loss.kind == "cross_entropy":
                 result = self._reduced(loss)
             elif loss.kind == "log_sum_exp":
-                result = self._item(self._rows(loss), 1)
+                result = self._item(self._rows(_with_target(loss, losses)), 1)
             else:
                 result = self._picked(loss)
             result = self._as(result, loss)
@@ -83,7 +88,8 @@ class RowOperators:
 
     def _rows(self, loss: Loss) -> fx.Node:
         """The operator on rows; readers of the same rows and targets share it."""
-        key = (loss.logits.path, loss.target, loss.weight, loss.ignore_index, loss.label_smoothing)
+        options = loss.weight, loss.ignore_index, loss.label_smoothing
+        key = loss.logits.values, loss.target, options
         if key not in self._shared:
             self._shared[key] = self._op(ROWS, loss)
         return self._shared[key]
@@ -137,3 +143,12 @@ class RowOperators:
 
     def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return emit(self.graph, target, args, kwargs, like=self.like)
+
+
+def _with_target(loss: Loss, losses: list[Loss]) -> Loss:
+    """A log-sum-exp with the target of a loss on the same rows, so that they share an operator."""
+    for other in losses:
+        known = other.target is not None and other.target < loss.node
+        if known and other.kind != "log_sum_exp" and other.logits.values == loss.logits.values:
+            return replace(other, node=loss.node)
+    return loss

@@ -119,6 +119,11 @@ FORMS: dict[str, Function] = {
         F.log_softmax(flat(F.linear(i.x, i.w)), dim=-1), i.y.view(-1)
     ),
     "z-loss": lambda i: z_loss(F.linear(i.x, i.w), i.y),
+    "two temperatures": lambda i: (
+        F.cross_entropy(flat(z := F.linear(i.x, i.w)), i.y.view(-1))
+        + F.cross_entropy(flat(z * 0.5), i.y.view(-1))
+        + torch.logsumexp(z * 0.25, -1).mean()
+    ),
     "z-loss, weighted": lambda i: (
         F.cross_entropy(flat(z := F.linear(i.x, i.w)), i.y.view(-1), weight=i.weight)
         + torch.logsumexp(flat(z), 1).square().mean()
@@ -191,6 +196,26 @@ def test_no_node_of_the_rewritten_graph_holds_logits(form: str) -> None:
     assert max(sizes) < BATCH[0] * CLASSES
 
 
+def overwritten(i: Inputs) -> Tensor:
+    hidden = i.x * 1.0
+    logits = F.linear(hidden, i.w.detach())
+    hidden.add_(1.0)
+    return F.cross_entropy(flat(logits), i.y.view(-1)) + hidden.sum()
+
+
+def through_a_view(i: Inputs) -> Tensor:
+    logits = F.linear(i.x, i.w)
+    logits.view(-1, CLASSES).mul_(2.0)
+    return F.cross_entropy(flat(logits), i.y.view(-1))
+
+
+def per_sample(i: Inputs) -> Tensor:
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, i.w), y)
+
+    return torch.vmap(loss)(i.x, i.known).sum()
+
+
 DECLINED: dict[str, tuple[Function, str]] = {
     "accuracy in the graph": (
         lambda i: (
@@ -199,6 +224,9 @@ DECLINED: dict[str, tuple[Function, str]] = {
         ),
         "also read by argmax",
     ),
+    "hidden state overwritten": (overwritten, "overwrites an input of the head"),
+    "logits overwritten through a view": (through_a_view, "also read by"),
+    "inside vmap": (per_sample, "inside a functorch transform"),
     "few classes": (
         lambda i: F.cross_entropy(flat_few(i), i.known.view(-1) % 9),
         "too few to pay",
@@ -282,6 +310,19 @@ def test_contrastive_losses_never_hold_the_similarities(function: Any) -> None:
     compiled: Any = torch.compile(function, backend=backend)
     compiled(inputs, inputs.temperature)
     assert max(sizes) < PAIRS * PAIRS
+
+
+@pytest.mark.parametrize("form", ["z-loss", "z-loss, weighted", "selected log-probabilities"])
+def test_readers_of_the_same_rows_share_one_operator(form: str) -> None:
+    calls: list[str] = []
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        Pipeline("pre_grad", PRE_GRAD).run(gm, PassContext(read_options(options())))
+        calls.extend(n.name for n in gm.graph.nodes if "linear_cross_entropy" in str(n.target))
+        return gm.forward
+
+    torch.compile(FORMS[form], backend=backend)(Inputs())
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("frozen", ["x", "w", "all but the bias"])
