@@ -14,6 +14,7 @@ from memopt._torch import size_hint
 torch.library.define(
     "memopt::embedding_gradient",
     "(Tensor index, Tensor counted, Tensor values, SymInt rows) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),  # the number of rows that occur is read on the host
 )
 EMBEDDING_GRADIENT = torch.ops.memopt.embedding_gradient.default
 
@@ -29,7 +30,7 @@ def _embedding_gradient(index: Tensor, counted: Tensor, values: Tensor, rows: in
         rows: number of rows.
     """
     width = values.shape[-1]
-    flat = values.reshape(-1, width).float() * counted.reshape(-1, 1)
+    flat = torch.where(counted.reshape(-1, 1), values.reshape(-1, width).float(), 0.0)
     found, place = torch.unique(index.reshape(-1) % rows, return_inverse=True)
     sums = flat.new_zeros(len(found), width).index_add_(0, place, flat)
     result = values.new_zeros(rows, width)

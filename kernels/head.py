@@ -107,11 +107,12 @@ class Gradients:
         x_dtype = head.wide if half else head.x_NH.dtype
         exact = exact or half or chunks > _MAX_ROUNDINGS
         weight_dtype = head.wide if exact else head.weight_VH.dtype
-        make = torch.zeros_like if sparse else torch.empty_like
-        return cls(
-            make(head.x_NH, dtype=x_dtype) if x else None,
-            torch.zeros_like(head.weight_VH, dtype=weight_dtype) if weight else None,
-            head.x_NH.new_zeros(len(head.weight_VH), dtype=head.wide) if bias else None,
+        make = head.x_NH.new_zeros if sparse else head.x_NH.new_empty
+        zeros = head.x_NH.new_zeros
+        return cls(  # contiguous, whatever the strides of the inputs
+            make(head.x_NH.shape, dtype=x_dtype) if x else None,
+            zeros(head.weight_VH.shape, dtype=weight_dtype) if weight else None,
+            zeros(len(head.weight_VH), dtype=head.wide) if bias else None,
         )
 
     def add_(

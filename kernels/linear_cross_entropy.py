@@ -130,7 +130,8 @@ def _rows_gradients(*args: Any) -> Three:
     *shared, g, h = args
     arguments = Arguments(*shared)
     work = _Work.of(arguments, compact=h is None)
-    return work.run(arguments.chunk_rows, arguments.wanted, work.counted_N * g, h)[2]
+    upstream = torch.where(work.counted_N > 0, g, 0.0).to(arguments.wide)
+    return work.run(arguments.chunk_rows, arguments.wanted, upstream, h)[2]
 
 
 def _fake_rows_gradients(*args: Any) -> Three:
@@ -216,7 +217,7 @@ class _Work:
         values, lse, gradients = run_chunks(
             self.head, self.loss, chunk_rows, wanted, g_N, h_N, self.rows
         )
-        return values * self.counted_N, lse, gradients
+        return torch.where(self.counted_N > 0, values, 0.0), lse, gradients
 
 
 def _check_targets(target: Tensor, valid: Tensor, classes: int) -> None:

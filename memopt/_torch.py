@@ -4,6 +4,7 @@ Checked on torch 2.13 and written against the 2.11 sources. ``tests/test_torch_n
 every name and calls those whose signature matters.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -73,6 +74,7 @@ __all__ = [
     "classify_nodes",
     "cleanup_recompute_tags",
     "compile_fx",
+    "copy_graph",
     "disable_modes",
     "dynamo_config",
     "dynamo_counters",
@@ -139,6 +141,15 @@ def mutated_inputs(joint: fx.Graph) -> list[fx.Node]:
 def is_sym_node(node: fx.Node) -> bool:
     """Whether the node's value is a symbolic integer, float or bool."""
     return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A deep copy that keeps what Dynamo notes at its placeholders."""
+    copied = copy.deepcopy(graph)
+    for node, twin in zip(graph.nodes, copied.nodes, strict=True):
+        if hasattr(node, "_dynamo_source"):
+            twin._dynamo_source = node._dynamo_source
+    return copied
 
 
 def size_hint(value: Any) -> int:

@@ -5,6 +5,8 @@ and such an operator holds the peak, its chunks are halved and the graph is plan
 a size below which nothing is gained.
 """
 
+from collections.abc import Mapping
+
 from torch import fx
 
 from memopt._torch import OpOverload
@@ -32,6 +34,20 @@ def halve_chunks(joint: JointGraph, candidate: Candidate) -> bool:
     seen = shape[0] if isinstance(shape[0], int) else rows
     node.update_arg(place, max(LEAST_ROWS, min(rows, seen) // 2))
     return True
+
+
+def chunk_rows(joint: JointGraph) -> dict[str, int]:
+    """Rows of a chunk of every chunked operator, by the name of its node."""
+    places = {node: _place(node) for node in joint.nodes}
+    return {n.name: int(n.args[p]) for n, p in places.items() if p is not None}  # type: ignore[arg-type]
+
+
+def set_chunk_rows(joint: JointGraph, rows: Mapping[str, int]) -> None:
+    """Give chunked operators these many rows a chunk."""
+    for node in joint.nodes:
+        place = _place(node)
+        if place is not None and node.name in rows:
+            node.update_arg(place, rows[node.name])
 
 
 def _place(node: fx.Node) -> int | None:

@@ -45,7 +45,9 @@ def emit(
     else:
         node = graph.call_function(target, args, kwargs)
         call = target
-    with modes[0] if modes else contextlib.nullcontext():
+    differentiable = getattr(traced(like), "requires_grad", True)
+    mode = modes[0] if modes else contextlib.nullcontext()
+    with mode, torch.set_grad_enabled(differentiable):
         value = call(*values, **kwargs)
     node.meta.update({key: like.meta[key] for key in _INHERITED if key in like.meta})
     node.meta[TRACED] = value

@@ -1,17 +1,17 @@
 """Runs passes in order, and does for every pass what no pass does for itself."""
 
-import copy
 import hashlib
 import logging
+import operator
 import time
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from torch import fx
 
-from memopt._torch import OpOverload, trace_structured
+from memopt._torch import OpOverload, copy_graph, trace_structured
 from memopt.config import Config
 from memopt.errors import PipelineError
 from memopt.graph import is_mutating, tensors
@@ -20,6 +20,7 @@ from memopt.remarks import Remark, RemarkKind
 log = logging.getLogger(__name__)
 
 Compiled = Callable[..., Any]
+_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
 _TRACED = {"val", "example_value"}  # what AOTAutograd keeps, and what Dynamo keeps
 
 
@@ -99,13 +100,13 @@ class Pipeline:
                 ctx.remark(pass_.name, RemarkKind.ANALYSIS, "switched off by options['passes']")
                 continue
             configured = configure(pass_, ctx.config)
-            before = copy.deepcopy(gm.graph)
+            before = copy_graph(gm.graph)
             said, wrapped = len(ctx.remarks), len(ctx.wrappers)
             start = time.perf_counter()
             try:
                 rewrites = configured(gm.graph, ctx)
                 if rewrites:
-                    self._settle(gm, {node.name for node in before.nodes})
+                    self._settle(gm, before)
             except Exception as error:
                 if ctx.config.strict:
                     raise
@@ -121,9 +122,10 @@ class Pipeline:
         enabled = [repr(configure(p, config)) for p in self.passes if config.enabled(p.name)]
         return hashlib.sha256(repr((self.stage, enabled)).encode()).hexdigest()
 
-    def _settle(self, gm: fx.GraphModule, known: Collection[str]) -> None:
-        """Tidy and check a rewritten graph; ``known`` are the names of nodes that were there."""
-        _remove_dead_code(gm.graph)
+    def _settle(self, gm: fx.GraphModule, before: fx.Graph) -> None:
+        """Tidy and check a graph that was rewritten; ``before`` is how it was."""
+        known = {node.name: bool(node.users) for node in before.nodes}
+        _remove_dead_code(gm.graph, known)
         gm.graph.lint()
         missing = [
             n.name
@@ -169,15 +171,19 @@ def configure(pass_: Pass, config: Config) -> Pass:
     return type(pass_)(**{**vars(pass_), **dict(options)})
 
 
-def _remove_dead_code(graph: fx.Graph) -> None:
-    """Erase what nothing reads.
+def _remove_dead_code(graph: fx.Graph, known: Mapping[str, bool]) -> None:
+    """Erase what a pass left without readers; what had none before is there for what it does.
 
     Not ``Graph.eliminate_dead_code``: that descends into the bodies of higher-order operators
     with a rule of its own, which drops the in-place methods of a Dynamo graph.
+
+    Args:
+        graph: the rewritten graph.
+        known: the nodes that were there, by name, and whether anything read them.
     """
     for node in reversed(list(graph.nodes)):
-        dead = not node.users and node.op not in ("placeholder", "output")
-        if dead and not _is_impure(node):
+        orphaned = not node.users and known.get(node.name, True)
+        if orphaned and node.op not in ("placeholder", "output") and not _is_impure(node):
             graph.erase_node(node)
 
 
@@ -188,9 +194,11 @@ def _is_impure(node: fx.Node) -> bool:
     writes into one, or enters or leaves a mode or a level of ``vmap``.
     """
     if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    if getattr(node.target, "__name__", "").endswith("_") or is_mutating(node):
+        method = str(node.target)
+        return method.endswith("_") and not method.endswith("__")
+    name = getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") or getattr(operator, name, None) in _IN_PLACE
+    if in_place or is_mutating(node) or node.kwargs.get("inplace") or "out" in node.kwargs:
         return True
     if node.op == "call_function" and not isinstance(node.target, OpOverload):
         return node.is_impure() or not tensors(node.meta.get("example_value"))

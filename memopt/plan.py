@@ -3,11 +3,11 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from memopt.errors import PlanError
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +21,7 @@ class Plan:
         seconds: modelled time of recomputation and of moving what is saved.
         budget_bytes: the bound it was made under, or None.
         solver: which search found it.
+        chunk_rows: rows of a chunk, by name of the chunked operator's node.
     """
 
     fingerprint: str
@@ -29,6 +30,7 @@ class Plan:
     seconds: float
     budget_bytes: int | None
     solver: str
+    chunk_rows: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Serialise: the same plan gives the same text."""
@@ -39,6 +41,7 @@ class Plan:
             "budget_bytes": self.budget_bytes,
             "peak_bytes": self.peak_bytes,
             "seconds": round(self.seconds, 9),
+            "chunk_rows": dict(sorted(self.chunk_rows.items())),
             "saved": sorted(self.saved),
         }
         return json.dumps(body, indent=1)
@@ -65,6 +68,7 @@ class Plan:
                 seconds=float(body["seconds"]),
                 budget_bytes=None if body["budget_bytes"] is None else int(body["budget_bytes"]),
                 solver=str(body["solver"]),
+                chunk_rows={str(n): int(r) for n, r in dict(body["chunk_rows"]).items()},
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"the plan's field is missing or malformed: {error}") from error

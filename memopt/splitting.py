@@ -19,7 +19,7 @@ from memopt._torch import (
     has_recomputable_ops,
     trace_structured,
 )
-from memopt.chunking import halve_chunks
+from memopt.chunking import chunk_rows, halve_chunks, set_chunk_rows
 from memopt.config import Config
 from memopt.cost import CostModel
 from memopt.device import DEVICES, DeviceSpec, device_spec, spec_for_product
@@ -73,6 +73,7 @@ class Outcome:
             seconds=self.chosen.seconds,
             budget_bytes=self.limit_bytes,
             solver=self.chosen.origin,
+            chunk_rows=chunk_rows(joint),
         )
 
     def decisions(self) -> tuple[DecisionRow, ...]:
@@ -156,18 +157,22 @@ class Splitter:
     def _plan(self, gm: fx.GraphModule, joint: JointGraph, info: NodeInfo) -> Outcome:
         """Plan; where the peak is too high in a chunked operator, halve its chunks and again."""
         start = time.perf_counter()
-        outcome = self._search(gm, joint, info)
-        while not outcome.fits or self.config.memory_budget.kind == "min":
-            if not halve_chunks(joint, outcome.chosen):
+        outcome = best = self._search(gm, joint, info)
+        rows = chunk_rows(joint)
+        while not best.fits or self.config.memory_budget.kind == "min":
+            if self.config.plan is not None or not halve_chunks(joint, outcome.chosen):
                 break
-            before = outcome.chosen.peak_bytes
             outcome = self._search(gm, joint, info)
-            if outcome.chosen.peak_bytes >= before:
-                break
-        return replace(outcome, seconds=time.perf_counter() - start)
+            if outcome.chosen.peak_bytes < best.chosen.peak_bytes:
+                best, rows = outcome, chunk_rows(joint)
+        set_chunk_rows(joint, rows)
+        return replace(best, seconds=time.perf_counter() - start)
 
     def _search(self, gm: fx.GraphModule, joint: JointGraph, info: NodeInfo) -> Outcome:
         fused = self.config.lowering == "inductor"
+        plan = None if self.config.plan is None else _load(joint, self.config.plan)
+        if plan is not None:
+            set_chunk_rows(joint, plan.chunk_rows)
         cost = CostModel(device_of(joint, self.config), fused, self.config.cost == "measured")
         problem = Problem(joint, cost)
         search = Search(
@@ -179,8 +184,9 @@ class Splitter:
         limit = self.config.memory_budget.limit_bytes(search.everything_kept.peak_bytes)
         if limit is not None:
             limit -= self.held_bytes
-        if self.config.plan is not None:
-            chosen: Candidate | None = _replay(problem, self.config.plan)
+        if plan is not None:
+            saved = [i for i, node in enumerate(joint.nodes) if node.name in plan.saved]
+            chosen: Candidate | None = problem.evaluate(saved, f"replayed from {self.config.plan}")
         elif self.config.memory_budget.kind == "min":
             floor = search.floor
             chosen = search.plan(floor.peak_bytes) or floor
@@ -244,8 +250,8 @@ def _stock_saved_set(gm: fx.GraphModule, joint: JointGraph, info: NodeInfo) -> l
     return [joint.index[n] for n in saved]
 
 
-def _replay(problem: Problem, path: str) -> Candidate:
-    """The saved set of a plan file.
+def _load(joint: JointGraph, path: str) -> Plan:
+    """A plan file that belongs to this graph.
 
     Raises:
         PlanError: the file cannot be read, or was made for another graph.
@@ -255,18 +261,16 @@ def _replay(problem: Problem, path: str) -> Candidate:
             plan = Plan.from_json(file.read())
     except OSError as error:
         raise PlanError(f"cannot read the plan {path!r}: {error.strerror}") from error
-    joint = problem.joint
     own = graph_fingerprint(joint)
     if plan.fingerprint != own:
         raise PlanError(
             f"the plan {path!r} was made for graph {plan.fingerprint}, this graph is {own}: "
             f"the model, its input shapes or torch changed; plan again"
         )
-    by_name = {node.name: i for i, node in enumerate(joint.nodes)}
-    if strangers := [name for name in plan.saved if name not in by_name]:
+    known = {node.name for node in joint.nodes}
+    if strangers := [name for name in (*plan.saved, *plan.chunk_rows) if name not in known]:
         raise PlanError(
             f"the plan {path!r} saves {strangers[:5]}, which the graph does not have: it was "
             f"edited; plan again"
         )
-    saved = [by_name[name] for name in plan.saved]
-    return problem.evaluate(saved, f"replayed from {path}")
+    return plan

@@ -93,13 +93,14 @@ class ChunkLosses:
                     return f"the logits are also read by {reader.name} ({reader.target})"
         if not losses:
             return "no loss reads the logits"
-        last = max(loss.node for group in losses.values() for loss in group)
+        (output,) = graph.find_nodes(op="output")
+        late = [loss.node for group in losses.values() for loss in group]
+        last = output if returned else max(late)
         if reason := unsafe(head, last) or self._refusal(head, returned):
             return reason
         operators = {own: RowOperators(graph, own, self.chunk_rows) for own in heads}
         for own, group in losses.items():
             operators[own].replace_all(group)
-        (output,) = graph.find_nodes(op="output")
         for logits in dict.fromkeys(returned):
             self._return(graph, head, logits, operators[head], output, ctx)
         for node in reversed([n for n in graph.nodes if n in members]):
@@ -162,6 +163,6 @@ class ChunkLosses:
                 dtype=logits.dtype,
                 scale=logits.scale,
                 softcap=logits.softcap,
-                detached=logits.detached,
+                detached=logits.detached or not traced(logits.node).requires_grad,
             ).wrap
         )

@@ -180,6 +180,8 @@ def _valued(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
         shape = shape_of(constant)
         one_row = math.prod(map(size_hint, shape)) == size_hint(head.classes)
         wide = same_shape(shape[-1:], (head.classes,)) and one_row
+        wide = wide and len(shape) <= len(shape_of(logits.node)) and logits.classes_at == -1
+        wide = wide and traced(constant).dtype == traced(head.node).dtype
         return replace(logits, bias=constant) if plain and wide else None
     return None
 

@@ -80,6 +80,8 @@ def _nll(node: fx.Node, logits: Logits) -> Loss | None:
 
 def _entropy(node: fx.Node, logits: Logits, a: dict[str, Any], smoothing: float) -> Loss | None:
     target, weight = a.get("target"), a.get("weight")
+    if logits.detached and traced(node).requires_grad:
+        return None
     if a.get("input") is not logits.node or not isinstance(target, fx.Node):
         return None
     if a.get("size_average") is not None or a.get("reduce") is not None:
@@ -106,6 +108,8 @@ def _log_sum_exp(node: fx.Node, logits: Logits) -> Loss | None:
     if node.target not in (torch.logsumexp, "logsumexp") or logits.normalised:
         return None
     a = _arguments(node, "input dim keepdim")
+    if set(a) - {"input", "dim", "keepdim"} or (logits.detached and traced(node).requires_grad):
+        return None
     dim, rank = a.get("dim"), len(shape_of(logits.node))
     if isinstance(dim, (tuple, list)) and len(dim) == 1:
         dim = dim[0]
@@ -118,6 +122,8 @@ def _gather(node: fx.Node, logits: Logits) -> Loss | None:
     if node.target not in (torch.gather, "gather") or node.args[:1] != (logits.node,):
         return None
     a = _arguments(node, "input dim index")
+    if set(a) - {"input", "dim", "index"} or (logits.detached and traced(node).requires_grad):
+        return None
     dim, index, rank = a.get("dim"), a.get("index"), len(shape_of(logits.node))
     if not (isinstance(dim, int) and dim % rank == rank - 1 and isinstance(index, fx.Node)):
         return None

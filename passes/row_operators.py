@@ -54,20 +54,22 @@ class RowOperators:
         """Call a row operator on the loss's rows."""
         head, logits = self.head, loss.logits
         dtype = traced(head.node).dtype
-        differentiable = traced(loss.node).requires_grad
-        inputs = (head.hidden, head.weight, logits.bias)
-        wanted = [
-            differentiable and n is not None and bool(traced(n).requires_grad) for n in inputs
-        ]
-        width = extent(self.graph, head.hidden, -1)
-        hidden = rows_of(self.graph, head, logits, self.rows)
-        x = self._call("reshape", self._typed(hidden, dtype), -1, width)
+        x = self._call(
+            "reshape",
+            self._typed(rows_of(self.graph, head, logits, self.rows), dtype),
+            -1,
+            extent(self.graph, head.hidden, -1),
+        )
         weight = self._typed(head.weight, dtype)
         if head.transposed:
             weight = self._call("t", weight)
         bias = None
         if logits.bias is not None:
             bias = self._call("reshape", self._typed(logits.bias, dtype), -1)
+        if not traced(loss.node).requires_grad:
+            x, weight = self._call("detach", x), self._call("detach", weight)
+            bias = bias and self._call("detach", bias)
+        wanted = [n is not None and bool(traced(n).requires_grad) for n in (x, weight, bias)]
         target = self._target(loss, x)
         return self._call(
             op, x, weight, bias, target, loss.weight, loss.ignore_index, loss.label_smoothing,
@@ -89,7 +91,8 @@ class RowOperators:
     def _rows(self, loss: Loss) -> fx.Node:
         """The operator on rows; readers of the same rows and targets share it."""
         options = loss.weight, loss.ignore_index, loss.label_smoothing
-        key = loss.logits.values, loss.target, options
+        differentiable = bool(traced(loss.node).requires_grad)
+        key = loss.logits.values, loss.target, options, differentiable
         if key not in self._shared:
             self._shared[key] = self._op(ROWS, loss)
         return self._shared[key]
@@ -149,6 +152,8 @@ def _with_target(loss: Loss, losses: list[Loss]) -> Loss:
     """A log-sum-exp with the target of a loss on the same rows, so that they share an operator."""
     for other in losses:
         known = other.target is not None and other.target < loss.node
-        if known and other.kind != "log_sum_exp" and other.logits.values == loss.logits.values:
+        alike = other.logits.values == loss.logits.values
+        alike = alike and traced(other.node).requires_grad == traced(loss.node).requires_grad
+        if known and alike and other.kind != "log_sum_exp":
             return replace(other, node=loss.node)
     return loss

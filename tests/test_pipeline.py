@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import fx
 
+from memopt.backend import compile_graph, read_options
 from memopt.config import Config
 from memopt.errors import PipelineError
 from memopt.pipeline import Pass, PassContext, Pipeline
@@ -171,7 +172,7 @@ def test_an_in_place_method_survives_the_removal_of_dead_code() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")
     graph.call_method("add_", (x, 1))
-    unused = graph.call_method("add", (x, 1))
+    idle = graph.call_method("add", (x, 1))  # had no readers before any pass came
     y = graph.call_function(torch.sin, (x,))
     graph.output(y)
     for node in graph.nodes:
@@ -180,7 +181,7 @@ def test_an_in_place_method_survives_the_removal_of_dead_code() -> None:
     Pipeline("test", [make_pass("turn", sine_to_cosine)]).run(gm, context())
     names = [n.name for n in gm.graph.nodes]
     assert "add_" in names
-    assert unused.name not in names
+    assert idle.name in names
     x0 = torch.zeros(2)
     assert torch.equal(gm(x0), torch.ones(2).cos())
     assert torch.equal(x0, torch.ones(2))
@@ -242,3 +243,16 @@ def test_a_wrapper_of_an_undone_pass_is_taken_off_again() -> None:
     with pytest.warns(UserWarning, match="late"):
         Pipeline("test", [make_pass("fails", fails)]).run(module(), ctx)
     assert ctx.wrappers == []
+
+
+def test_an_undone_pass_leaves_a_dynamo_graph_that_compiles() -> None:
+    def fails(graph: fx.Graph) -> int:
+        raise ValueError("late")
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        with pytest.warns(UserWarning, match="late"):
+            Pipeline("pre_grad", [make_pass("fails", fails)]).run(gm, PassContext(Config()))
+        return compile_graph(gm, inputs, read_options({"lowering": "eager"}))
+
+    x = torch.randn(3, requires_grad=True)
+    assert torch.equal(torch.compile(lambda x: x.sin(), backend=backend)(x), x.sin())

@@ -358,3 +358,23 @@ def test_what_it_allocates_is_what_the_formula_says_whatever_is_ignored(
     measured = meter.peak_bytes - meter.end_bytes
     assert abs(kernel.scratch_bytes(*args) - measured) <= measured // 100 + 4096
     del result
+
+
+@pytest.mark.parametrize("flipped", ["x", "weight"])
+def test_results_are_contiguous_whatever_the_strides_of_the_inputs(flipped: str) -> None:
+    x, w = torch.randn(6, 4), torch.randn(9, 4)
+    x = x.t().contiguous().t() if flipped == "x" else x
+    w = w.t().contiguous().t() if flipped == "weight" else w
+    shared = (x, w, None, torch.randint(0, 9, (6,)), None, -100, 0.0, 1.0, 0.0, 4)
+    wanted = [True, True, False]
+    torch.library.opcheck(kernel.REDUCED, (*shared, wanted, True))
+    torch.library.opcheck(kernel.ROWS_BACKWARD, (*shared, wanted, torch.randn(6), None))
+
+
+def test_an_ignored_row_may_hold_anything() -> None:
+    x, w = torch.randn(6, 4), torch.randn(9, 4)
+    x[2] = torch.nan
+    target = torch.tensor([1, 2, -100, 3, 4, 5])
+    rows, _ = kernel.ROWS(x, w, None, target, None, -100, 0.0, 1.0, 0.0, 4, [False] * 3)
+    assert rows[2] == 0
+    assert rows.isfinite().all()
