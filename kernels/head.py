@@ -219,6 +219,10 @@ def run_chunks(
     lse = torch.zeros_like(values)
     raw = head.x_NH.new_empty(size, len(head.weight_VH))
     spare = head.x_NH.new_empty(2, size, head.x_NH.shape[1])
+    block = None
+    if g_N is not None:
+        height = min(size, block_rows(len(head.weight_VH), head.wide.itemsize))
+        block = head.x_NH.new_empty(height, len(head.weight_VH), dtype=head.wide)
     for part in pieces(count, chunk_rows):
         if rows is None:
             own: slice | Tensor = part
@@ -227,10 +231,10 @@ def run_chunks(
             own = rows[part]
             x = torch.index_select(head.x_NH, 0, own, out=spare[0, : len(own)])
         chunk = head.product(x, raw[: len(x)])
-        values[own], lse[own] = run_rows(head, loss, chunk, own, g_N, h_N)
+        values[own], lse[own] = run_rows(head, loss, chunk, own, g_N, h_N, block)
         if g_N is not None:
             gradients.add_(chunk, x, head, own, spare[1])
-    del raw, spare
+    del raw, spare, block
     return values, lse, gradients.results(head)
 
 
@@ -274,6 +278,7 @@ def run_rows(
     rows: slice | Tensor,
     g_N: Tensor | None,
     h_N: Tensor | None = None,
+    block_RV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Values and log-sum-exps of one chunk; with ``g_N`` its gradient replaces ``raw_CV``.
 
@@ -284,6 +289,7 @@ def run_rows(
         rows: which rows of the whole the chunk is.
         g_N: upstream gradient of every row's value, or None for values only.
         h_N: upstream gradient of every row's log-sum-exp.
+        block_RV: takes the softmax of a block; made where there is none.
     """
     values, normalisers = [], []
     chunk = loss.at(rows)
@@ -294,7 +300,7 @@ def run_rows(
             lse = torch.logsumexp(z, 1)
             values.append(block.values(z, lse))
         else:
-            p = torch.softmax(z, 1)
+            p = torch.softmax(z, 1, out=None if block_RV is None else block_RV[: len(z)])
             lse = log_sum_exp(z, p)
             values.append(block.values(z, lse))
             block.gradient_(p, z, lse, g_N[own], None if h_N is None else h_N[own])
