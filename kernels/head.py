@@ -265,7 +265,7 @@ def scratch_bytes(
     loop = blocks * block
     if exact:  # a part of the product, converted; and the result is not there before the end
         part = min(classes, block_rows(width, 4)) * width
-        loop = max(loop, part * (itemsize + 4))
+        loop = max(loop, block + part * (itemsize + 4))
         chunk = max(chunk + loop + classes * width * (4 - itemsize), classes * width * 4)
         return chunk + rows * 3 * wide
     return chunk + loop + rows * 3 * wide
