@@ -81,17 +81,18 @@ def startup_table(results: dict[str, Any]) -> str:
 def readme_table(files: Iterable[dict[str, Any]]) -> str:
     """One line per case: peak in MiB and step time relative to stock Inductor, by peer.
 
-    Cases without a budget among their peers are left to the page of results.
+    Cases without a budget among their peers are left to the page of results. Of a case that was
+    measured more than once, the last file counts.
     """
     budgets = [peer for peer in README_PEERS if peer.startswith("memopt ")]
-    lines = []
+    lines: dict[str, list[str]] = {}
     for results in files:
         rows = step_rows(results)
         for case in dict.fromkeys(key[0] for key in rows):
             if any((case, peer) in rows for peer in budgets):
-                lines.append([case, *(_cell(rows, (case, peer)) for peer in README_PEERS)])
+                lines[case] = [case, *(_cell(rows, (case, peer)) for peer in README_PEERS)]
     note = "Peak MiB of a whole training step, and step time relative to stock Inductor.\n\n"
-    return note + markdown(("case", *README_PEERS), lines)
+    return note + markdown(("case", *README_PEERS), list(lines.values()))
 
 
 def put_between_markers(text: str, table: str) -> str:
