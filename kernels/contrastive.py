@@ -1,10 +1,10 @@
 """Contrastive loss by chunks of rows: the matrix of similarities never exists.
 
 Row ``i`` of ``x`` and row ``i`` of ``y`` are a pair, every other row of ``y`` is a negative: the
-loss is the cross-entropy of ``scale * x @ y.T`` against its diagonal. In one direction (InfoNCE,
-SimCLR) a chunk's softmax is its gradient, and the loss costs its three products. In both (CLIP)
-the gradient needs the log-sum-exp of every column beforehand, which a first pass collects: a
-fourth product. Memory grows with ``N``, not with its square.
+loss is the cross-entropy of ``scale * x @ y.T`` against its diagonal. In one direction (InfoNCE)
+a chunk's softmax is its gradient, and the loss costs its three products. In both (CLIP) the
+gradient needs the log-sum-exp of every column beforehand, which a first pass collects: a fourth
+product. Memory grows with ``N``, not with its square.
 
 Pays: where ``N`` is large against ``D``. Does not: in batches of a few hundred pairs.
 
