@@ -1,6 +1,7 @@
 """Run cases: every peer of a case measured side by side, in turn, in one run."""
 
 import multiprocessing
+import random
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from bench.worker import Job, Prepared, serve
 
 Say = Callable[[str], None]
 MIB = 2**20
-ROUND_SECONDS = 0.3
+ROUND_SECONDS = 1.0
 
 
 class WorkerError(RuntimeError):
@@ -142,11 +143,14 @@ def _prepare(
 
 
 def _time(rows: dict[str, Row], workers: dict[str, Worker], repeats: int, say: Say) -> None:
-    """Fill the rows' times: ``repeats`` rounds, the order turned by one place each round."""
+    """Fill the rows' times: ``repeats`` rounds, each in an order of its own.
+
+    A peer is not always timed after the same other, which may leave caches and clocks worse off.
+    """
     names = list(workers)
     cpu_seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(repeats):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        for name in random.Random(turn).sample(names, len(names)):
             row = rows[name]
             assert row.step_seconds is not None
             steps = max(1, min(20, round(ROUND_SECONDS / max(row.step_seconds, 1e-4))))

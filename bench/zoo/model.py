@@ -93,7 +93,10 @@ class LossOnly(nn.Module):
 
 
 class TorchHead(nn.Module):
-    """A causal language model of `transformers` whose head and loss are torch's fused operator."""
+    """A causal language model of `transformers` whose head and loss are torch's chunked operator.
+
+    Without options torch computes a plain linear layer and a plain loss instead.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -104,7 +107,8 @@ class TorchHead(nn.Module):
         hidden = model.model(input_ids=input_ids).last_hidden_state
         weight = model.lm_head.weight
         rows, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        return F.linear_cross_entropy(rows, weight, targets)
+        options = nn.LinearCrossEntropyOptions()
+        return F.linear_cross_entropy(rows, weight, targets, options=options)
 
 
 def checkpoint_blocks(module: nn.Module) -> None:
