@@ -255,13 +255,16 @@ def scratch_bytes(*args: Any) -> int:
     trained = any(a.wanted) and len(args) > len(a)  # the rows' forward makes no gradients
     rows, width = (size_hint(d) for d in a.x.shape)
     classes, itemsize = size_hint(a.weight.shape[0]), a.x.element_size()
-    converted = a.x.dtype != a.wide or a.scale != 1.0 or a.softcap != 0.0
-    spread = a.class_weight is not None and a.label_smoothing > 0
-    blocks = 1 + converted + trained * max(bool(a.softcap), spread)
+    apart = trained and a.softcap != 0.0
+    blocks = (a.x.dtype != a.wide) + apart
+    if a.target.is_floating_point():  # the targets, if anything changes, and times the logits
+        changed = a.target.dtype != a.wide or a.label_smoothing or a.class_weight is not None
+        blocks += 1 + bool(changed)
     narrow = trained and a.wanted[1] and a.x.dtype in (torch.bfloat16, torch.float16)
     chunks = -(-rows // a.chunk_rows)
     wide = a.wide.itemsize
     targets = rows * (1 + 8 + 8 + wide * (2 if trained else 1))
+    exact = narrow and chunks > 8
     return targets + head_scratch_bytes(
-        rows, width, classes, itemsize, a.chunk_rows, blocks=blocks, exact=narrow and chunks > 8
+        rows, width, classes, itemsize, a.chunk_rows, blocks=blocks, held=apart, exact=exact
     )
