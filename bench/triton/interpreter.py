@@ -127,7 +127,8 @@ def nearest_bf16(x: Array) -> Array:
     bits = x.view(np.uint32)
     carry = np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))
     rounded = (bits + carry) & np.uint32(0xFFFF0000)
-    return np.where(np.isnan(x), np.float32(np.nan), rounded.view(np.float32))
+    result: Array = np.where(np.isnan(x), np.float32(np.nan), rounded.view(np.float32))
+    return result
 
 
 def _nearest_tf32(x: Array) -> Array:
