@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.triton.ahead import TARGETS, Report, Target, compile_for
-from bench.triton.interpreter import interpreting
+from bench.triton.mode import interpreting
 from bench.triton.trace import Launch, trace
 
 # Sectors at the ends of rows, and values of a few bytes, are not in what a kernel declares.

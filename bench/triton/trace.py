@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from bench.triton.interpreter import Access, Array, interpreting
+from bench.triton.mode import Access, Array, interpreting
 
 SECTOR_BYTES = 32
 _SHOWN = 20

@@ -9,7 +9,9 @@ from triton import knobs
 from triton.runtime import interpreter as stock
 from triton.runtime.errors import InterpreterError
 
-from bench.triton.interpreter import install, interpreting, nearest_bf16
+from bench.triton.builder import nearest_bf16
+from bench.triton.interpreter import install
+from bench.triton.mode import interpreting
 from tests.bench import sample_kernels as kernels
 
 install()

@@ -5,7 +5,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench.triton.interpreter import install, interpreting
+from bench.triton.interpreter import install
+from bench.triton.mode import interpreting
 from bench.triton.trace import OutOfBoundsError, trace
 from tests.bench import sample_kernels as kernels
 
