@@ -9,13 +9,15 @@ Legend: ``N`` tokens, ``H`` hidden size, ``V`` vocabulary, ``C`` rows of a chunk
 block.
 """
 
+import functools
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from memopt.kernels.rows import RowLoss, log_sum_exp
+from memopt.kernels.rows import IndexTargets, RowLoss, log_sum_exp
 
 # A block of rows is converted, exponentiated and turned into its gradient while it is in cache.
 _BLOCK_BYTES = 8 * 2**20
@@ -188,6 +190,31 @@ def default_chunk_rows(rows: int, classes: int, device: torch.device) -> int:
     return max(1, min(rows, quarter, max(fast, block_rows(max(1, classes), 4))))
 
 
+def has_row_kernel(loss: type[RowLoss], x: Tensor) -> bool:
+    """Whether ``run_rows`` is one Triton kernel, which holds nothing of a block's size.
+
+    So it is for cross-entropy against classes on a GPU that Triton knows well, NVIDIA's since
+    Ampere and AMD's, if Triton is installed.
+
+    Args:
+        loss: what is computed of each row.
+        x: a tensor, fake or real, of the dtype and on the device of the products.
+    """
+    return (
+        issubclass(loss, IndexTargets)
+        and x.device.type == "cuda"
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and _triton_is_installed()
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    )
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def run_chunks(
     head: Head,
     loss: RowLoss,
@@ -220,7 +247,7 @@ def run_chunks(
     raw = head.x_NH.new_empty(size, len(head.weight_VH))
     spare = head.x_NH.new_empty(2, size, head.x_NH.shape[1])
     block = None
-    if g_N is not None:
+    if g_N is not None and not has_row_kernel(type(loss), raw):
         height = min(size, block_rows(len(head.weight_VH), head.wide.itemsize))
         block = head.x_NH.new_empty(height, len(head.weight_VH), dtype=head.wide)
     for part in pieces(count, chunk_rows):
@@ -256,11 +283,12 @@ def scratch_bytes(
         classes: ``V``.
         itemsize: bytes of one element of the model's dtype.
         chunk_rows: rows of a chunk.
-        blocks: tensors of the size of a block that a row loss and the head hold at a time.
+        blocks: tensors of the size of a block that a row loss and the head hold at a time; 0
+            where a kernel does without.
         exact: whether the weight gradient is added up in float32, and not the result itself.
     """
     size, wide = min(chunk_rows, rows), max(4, itemsize)
-    block = min(size, block_rows(classes, wide)) * classes * wide
+    block = min(size, block_rows(classes, wide)) * classes * wide if blocks else 0
     chunk = size * (classes + 2 * width) * itemsize
     loop = blocks * block
     if exact:  # a part of the product, converted; and the result is not there before the end
@@ -282,6 +310,8 @@ def run_rows(
 ) -> tuple[Tensor, Tensor]:
     """Values and log-sum-exps of one chunk; with ``g_N`` its gradient replaces ``raw_CV``.
 
+    What follows the choice of a kernel is the reference for it.
+
     Args:
         head: maps the raw product to logits.
         loss: what to compute.
@@ -291,8 +321,14 @@ def run_rows(
         h_N: upstream gradient of every row's log-sum-exp.
         block_RV: takes the softmax of a block; made where there is none.
     """
-    values, normalisers = [], []
     chunk = loss.at(rows)
+    if has_row_kernel(type(loss), raw_CV):
+        from memopt.kernels import triton_rows  # here, because Triton is optional
+
+        assert isinstance(chunk, IndexTargets)
+        g_C, h_C = (None if t is None else t[rows] for t in (g_N, h_N))
+        return triton_rows.run(raw_CV, chunk, head.scale, head.softcap, g_C, h_C)
+    values, normalisers = [], []
     for part in pieces(len(raw_CV), block_rows(raw_CV.shape[1], head.wide.itemsize)):
         own, block = _rows_of(rows, part), chunk.at(part)
         z = head.activate(raw_CV[part])

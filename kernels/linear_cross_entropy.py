@@ -22,7 +22,7 @@ from torch import Tensor
 from memopt._torch import size_hint
 from memopt.kernels import forward_gradients
 from memopt.kernels.forward_gradients import refuse_double_backward
-from memopt.kernels.head import HALF_UNIT, Head, run_chunks
+from memopt.kernels.head import HALF_UNIT, Head, has_row_kernel, run_chunks
 from memopt.kernels.head import scratch_bytes as head_scratch_bytes
 from memopt.kernels.rows import IndexTargets, RowLoss, SoftTargets
 
@@ -258,6 +258,8 @@ def scratch_bytes(*args: Any) -> int:
     converted = a.x.dtype != a.wide or a.scale != 1.0 or a.softcap != 0.0
     spread = a.class_weight is not None and a.label_smoothing > 0
     blocks = 1 + converted + trained * max(bool(a.softcap), spread)
+    if has_row_kernel(SoftTargets if a.target.is_floating_point() else IndexTargets, a.x):
+        blocks = 0
     narrow = trained and a.wanted[1] and a.x.dtype in (torch.bfloat16, torch.float16)
     chunks = -(-rows // a.chunk_rows)
     wide = a.wide.itemsize

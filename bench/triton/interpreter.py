@@ -142,12 +142,22 @@ def _interpreted_launch(original: Callable[..., Any]) -> Callable[..., Any]:
             knobs.runtime.interpret = True
             hooks = list(self.pre_run_hooks)
             body = function.rewrite()
-            stock.GridExecutor(body, function.arg_names, grid, hooks)(*args, **kwargs)
+            _InPlace(body, function.arg_names, grid, hooks)(*args, **kwargs)
         if observer is not None:
             observer.end()
         return None
 
     return run
+
+
+class _InPlace(stock.GridExecutor):  # type: ignore[misc]
+    """Tensors are on the CPU already; Triton's would copy every storage onto itself."""
+
+    def _init_args_hst(self, args: Any, kwargs: Any) -> Any:
+        return args, kwargs
+
+    def _restore_args_dev(self, *arguments: Any) -> None:
+        pass
 
 
 def _one_config(original: Callable[..., Any]) -> Callable[..., Any]:
