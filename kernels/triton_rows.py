@@ -25,8 +25,9 @@ from triton.language.extra import libdevice
 
 from memopt.kernels.rows import IndexTargets
 
-_MOST_CLASSES = 16384  # of a block, in registers: 32 of a thread
-_CLASSES_PER_WARP = 1024
+# A thread of a warp holds 16 logits of a block. Twice as many spill where there are class weights
+# and a cap, too.
+_CLASSES_PER_WARP = 512
 _MOST_WARPS = 16
 
 
@@ -56,7 +57,7 @@ def cross_entropy_rows(
     scale,
     factor,
     softcap,
-    smoothing,
+    kept,
     each,
     CAPPED: tl.constexpr,
     SMOOTHED: tl.constexpr,
@@ -78,8 +79,8 @@ def cross_entropy_rows(
         scale: derivative of the logits by the products, without the cap.
         factor: on the products: ``scale``, or with a cap ``scale / softcap``.
         softcap: bound on the logits; read only where ``CAPPED``.
-        smoothing: label smoothing.
-        each: ``smoothing / V``.
+        kept: one less the label smoothing.
+        each: label smoothing of each class.
         CAPPED: whether there is a softcap.
         SMOOTHED: whether there is label smoothing.
         BLOCK: classes that are worked on at a time, a power of two.
@@ -119,7 +120,7 @@ def cross_entropy_rows(
     if SMOOTHED:
         if weight_ptr is None:
             weights += classes
-        value = value * (1.0 - smoothing) + (lse * weights - logits) * each
+        value = value * kept + (lse * weights - logits) * each
     tl.store(value_ptr + row, value)
     tl.store(lse_ptr + row, lse)
 
@@ -128,11 +129,10 @@ def cross_entropy_rows(
         h = 0.0
         if h_ptr is not None:
             h = tl.load(h_ptr + row)
-        of_target = g * own_weight
+        of_target = g * kept * own_weight
         of_softmax = of_target + h
         if SMOOTHED:
-            of_target *= 1.0 - smoothing
-            of_softmax = of_target + g * each * weights + h
+            of_softmax += g * each * weights
         blocks = tl.cdiv(classes, BLOCK)
         if (g == 0.0) & (h == 0.0):
             for block in range(blocks):
@@ -160,8 +160,8 @@ def cross_entropy_rows(
 
 def block_and_warps(classes: int) -> tuple[int, int]:
     """Classes of a block, and warps of a program, for rows of this length."""
-    block = min(_MOST_CLASSES, triton.next_power_of_2(classes))
-    return block, max(1, min(_MOST_WARPS, block // _CLASSES_PER_WARP))
+    block = min(_MOST_WARPS * _CLASSES_PER_WARP, triton.next_power_of_2(classes))
+    return block, max(1, block // _CLASSES_PER_WARP)
 
 
 def run(
@@ -209,7 +209,7 @@ def run(
             scale,
             scale / (softcap or 1.0),
             softcap,
-            loss.smoothing,
+            1.0 - loss.smoothing,
             loss.smoothing / classes,
             CAPPED=softcap != 0.0,
             SMOOTHED=loss.smoothing != 0.0,
