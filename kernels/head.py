@@ -9,13 +9,15 @@ Legend: ``N`` tokens, ``H`` hidden size, ``V`` vocabulary, ``C`` rows of a chunk
 block.
 """
 
+import functools
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from memopt.kernels.rows import CrossEntropy, RowLoss, log_sum_exp
+from memopt.kernels.rows import CrossEntropy, IndexTargets, RowLoss, log_sum_exp
 
 # A block of rows is converted, exponentiated and turned into its gradient while it is in cache.
 _BLOCK_BYTES = 8 * 2**20
@@ -208,6 +210,31 @@ def default_chunk_rows(rows: int, classes: int, device: torch.device) -> int:
     return max(1, min(rows, quarter, max(fast, block_rows(max(1, classes), 4))))
 
 
+def has_row_kernel(loss: type[RowLoss], x: Tensor) -> bool:
+    """Whether ``run_rows`` is one Triton kernel, which holds nothing of a block's size.
+
+    So it is for cross-entropy against classes on a GPU that Triton knows well, NVIDIA's since
+    Ampere and AMD's, if Triton is installed.
+
+    Args:
+        loss: what is computed of each row.
+        x: a tensor, fake or real, of the dtype and on the device of the products.
+    """
+    return (
+        issubclass(loss, IndexTargets)
+        and x.device.type == "cuda"
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and _triton_is_installed()
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    )
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def run_chunks(
     head: Head,
     loss: RowLoss,
@@ -239,7 +266,7 @@ def run_chunks(
     lse = torch.zeros_like(values)
     raw = head.x_NH.new_empty(size, len(head.weight_VH))
     spare = head.x_NH.new_empty(2, size, head.x_NH.shape[1])
-    block = softmax_block(head, loss, size, trained=g_N is not None)
+    block = softmax_block(head, loss, raw, trained=g_N is not None)
     for part in pieces(count, chunk_rows):
         if rows is None:
             own: slice | Tensor = part
@@ -248,7 +275,7 @@ def run_chunks(
             own = rows[part]
             x = torch.index_select(head.x_NH, 0, own, out=spare[0, : len(own)])
         chunk = head.product(x, raw[: len(x)])
-        values[own], lse[own] = run_rows(head, loss, chunk, own, block, g_N, h_N)
+        values[own], lse[own] = run_rows(head, loss, chunk, own, g_N, h_N, block)
         if g_N is not None:
             gradients.add_(chunk, x, head, own, spare[1])
     del raw, spare, block
@@ -290,20 +317,21 @@ def scratch_bytes(
     return chunk + loop + rows * 3 * wide
 
 
-def softmax_block(head: Head, loss: RowLoss, rows: int, *, trained: bool) -> Tensor | None:
-    """Takes the softmax of a block of rows; None where that may take its logits' place.
+def softmax_block(head: Head, loss: RowLoss, raw_CV: Tensor, *, trained: bool) -> Tensor | None:
+    """Takes the softmax of a block of rows; None where it may take its logits' place, or is none.
 
     Args:
         head: maps hidden states to logits.
         loss: what to compute.
-        rows: of a chunk.
+        raw_CV: the product of a chunk.
         trained: whether gradients are computed.
     """
-    if isinstance(loss, CrossEntropy) and not (trained and head.softcap):
+    in_place = isinstance(loss, CrossEntropy) and not head.softcap
+    if in_place or not trained or has_row_kernel(type(loss), raw_CV):
         return None
-    classes = len(head.weight_VH)
+    rows, classes = raw_CV.shape
     height = min(rows, block_rows(classes, head.wide.itemsize))
-    return head.x_NH.new_empty(height, classes, dtype=head.wide)
+    return raw_CV.new_empty(height, classes, dtype=head.wide)
 
 
 def run_rows(
@@ -311,23 +339,33 @@ def run_rows(
     loss: RowLoss,
     raw_CV: Tensor,
     rows: slice | Tensor,
-    block_RV: Tensor | None,
     g_N: Tensor | None,
     h_N: Tensor | None = None,
+    block_RV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Values and log-sum-exps of one chunk; with ``g_N`` its gradient replaces ``raw_CV``.
+
+    What follows the choice of a kernel is the reference for it.
 
     Args:
         head: maps the raw product to logits.
         loss: what to compute.
         raw_CV: the raw product; overwritten, with its gradient if there is an upstream one.
         rows: which rows of the whole the chunk is.
-        block_RV: takes the softmax of a block of rows; see ``softmax_block``.
         g_N: upstream gradient of every row's value, or None for values only.
         h_N: upstream gradient of every row's log-sum-exp.
+        block_RV: what ``softmax_block`` returned, if it is at hand.
     """
-    values, normalisers = [], []
+    if block_RV is None:
+        block_RV = softmax_block(head, loss, raw_CV, trained=g_N is not None)
     chunk = loss.at(rows)
+    if has_row_kernel(type(loss), raw_CV):
+        from memopt.kernels import triton_rows  # here, because Triton is optional
+
+        assert isinstance(chunk, IndexTargets)
+        g_C, h_C = (None if t is None else t[rows] for t in (g_N, h_N))
+        return triton_rows.run(raw_CV, chunk, head.scale, head.softcap, g_C, h_C)
+    values, normalisers = [], []
     for part in pieces(len(raw_CV), block_rows(raw_CV.shape[1], head.wide.itemsize)):
         own, block, raw = _rows_of(rows, part), chunk.at(part), raw_CV[part]
         z = head.activate(raw, in_place=True)
@@ -338,7 +376,8 @@ def run_rows(
             lse = log_sum_exp(top, torch.softmax(z, 1, out=p))
             value = block.factor(z.shape[1], z.dtype) * lse - offset
         else:
-            lse = log_sum_exp(top, torch.softmax(z, 1, out=p))
+            apart = None if block_RV is None else p
+            lse = log_sum_exp(top, torch.softmax(z, 1, out=apart))
             value = block.values(z, lse)
         values.append(value)
         normalisers.append(lse)

@@ -22,7 +22,7 @@ from torch import Tensor
 from memopt._torch import size_hint
 from memopt.kernels import forward_gradients
 from memopt.kernels.forward_gradients import refuse_double_backward
-from memopt.kernels.head import HALF_UNIT, Head, run_chunks
+from memopt.kernels.head import HALF_UNIT, Head, has_row_kernel, run_chunks
 from memopt.kernels.head import scratch_bytes as head_scratch_bytes
 from memopt.kernels.rows import IndexTargets, RowLoss, SoftTargets
 
@@ -255,11 +255,14 @@ def scratch_bytes(*args: Any) -> int:
     trained = any(a.wanted) and len(args) > len(a)  # the rows' forward makes no gradients
     rows, width = (size_hint(d) for d in a.x.shape)
     classes, itemsize = size_hint(a.weight.shape[0]), a.x.element_size()
-    apart = trained and a.softcap != 0.0
+    soft = a.target.is_floating_point()
+    apart = int(trained and a.softcap != 0.0)
     blocks = (a.x.dtype != a.wide) + apart
-    if a.target.is_floating_point():  # the targets, if anything changes, and times the logits
+    if soft:  # the targets, if anything changes, and times the logits
         changed = a.target.dtype != a.wide or a.label_smoothing or a.class_weight is not None
         blocks += 1 + bool(changed)
+    elif has_row_kernel(IndexTargets, a.x):
+        blocks = apart = 0
     narrow = trained and a.wanted[1] and a.x.dtype in (torch.bfloat16, torch.float16)
     chunks = -(-rows // a.chunk_rows)
     wide = a.wide.itemsize
