@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 import memopt
 from bench.cases import Case
+from bench.libraries import LIBRARIES, Library
 from bench.meter import Meter
 from bench.peers import Peer
-from bench.zoo import MODELS, LossOnly, TorchHead, checkpoint_blocks, step
+from bench.zoo import MODELS, FusedHead, LossOnly, checkpoint_blocks, step
 
 Gradients = dict[str, Tensor]
 
@@ -66,7 +67,9 @@ class Prepared:
     gradient_error: float | None
 
 
-def compile_for(peer: Peer, module: nn.Module, budget: int | float | str | None) -> Any:
+def compile_for(
+    peer: Peer, module: nn.Module, budget: int | float | str | None, device: str
+) -> Any:
     """The module as this peer runs it."""
     if peer.checkpoint:
         checkpoint_blocks(module.model if isinstance(module, LossOnly) else module)
@@ -76,9 +79,18 @@ def compile_for(peer: Peer, module: nn.Module, budget: int | float | str | None)
         return module
     if peer.compiler == "inductor":
         torch._inductor.config.auto_chunker.enable = peer.auto_chunker
-        return torch.compile(TorchHead(module) if peer.torch_head else module)
+        if peer.library is None:
+            return torch.compile(module)
+        return _with_library(LIBRARIES[peer.library], module, device)
     options: dict[str, Any] = {"memory_budget": budget}
     return torch.compile(module, backend="memopt", options=options)
+
+
+def _with_library(library: Library, module: Any, device: str) -> nn.Module:
+    """The module with the library's head; compiled whole, or but for that head."""
+    fused = FusedHead(module, library.loss(device))
+    (fused if library.traced else module.model).compile()
+    return fused
 
 
 def relative_error(actual: Gradients, expected: Gradients) -> float:
@@ -108,7 +120,7 @@ class Session:
         )
         if case.outputs == "loss":
             self.module = LossOnly(self.module)
-        self.model = compile_for(job.peer, self.module, job.memory_budget)
+        self.model = compile_for(job.peer, self.module, job.memory_budget, job.device)
 
     def _step(self) -> Tensor:
         torch.manual_seed(self.job.seed)

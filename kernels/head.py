@@ -25,7 +25,6 @@ _BLOCK_BYTES = 8 * 2**20
 _MAX_ROUNDINGS = 8
 # Every chunk reads and writes the weight gradient once; with this many rows the products hide it.
 _CHUNK_ROWS = {"cpu": 256, "cuda": 2048}
-_LEAST_ROWS = 32
 # Float16 loses softmax entries under 6e-8. Its gradients are kept at this size, whatever the
 # number of tokens, and scaled at the end.
 HALF_UNIT = 8.0
@@ -198,7 +197,7 @@ def default_chunk_rows(rows: int, classes: int, device: torch.device) -> int:
     """Rows of a chunk: few enough to be small, enough to keep the products fast.
 
     Where the classes are so few that more rows fit a block in cache, it takes those too; but no
-    more than a quarter of all rows, so that the logits are never whole.
+    more than a quarter of all rows, unless the products need them.
 
     Args:
         rows: how many there are in all.
@@ -206,8 +205,8 @@ def default_chunk_rows(rows: int, classes: int, device: torch.device) -> int:
         device: where the products run.
     """
     fast = _CHUNK_ROWS.get(device.type, _CHUNK_ROWS["cuda"])
-    quarter = max(_LEAST_ROWS, -(-rows // 4))
-    return max(1, min(rows, quarter, max(fast, block_rows(max(1, classes), 4))))
+    cached = min(block_rows(max(1, classes), 4), rows // 4)
+    return max(1, min(rows, max(fast, cached)))
 
 
 def has_row_kernel(loss: type[RowLoss], x: Tensor) -> bool:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -92,23 +91,24 @@ class LossOnly(nn.Module):
         return loss_of(self.model(**inputs))
 
 
-class TorchHead(nn.Module):
-    """A causal language model of `transformers` whose head and loss are torch's chunked operator.
+class FusedHead(nn.Module):
+    """A causal language model of `transformers` whose head and loss are one function.
 
-    Without options torch computes a plain linear layer and a plain loss instead.
+    Args:
+        model: the language model.
+        loss: of hidden states, the head's weight and the next tokens.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.model = model
+        self.loss = loss
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         model: Any = self.model
         hidden = model.model(input_ids=input_ids).last_hidden_state
-        weight = model.lm_head.weight
         rows, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        options = nn.LinearCrossEntropyOptions()
-        return F.linear_cross_entropy(rows, weight, targets, options=options)
+        return self.loss(rows, model.lm_head.weight, targets)
 
 
 def checkpoint_blocks(module: nn.Module) -> None:
