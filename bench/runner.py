@@ -143,8 +143,8 @@ def _prepare(
         workers.pop(peer.name).close()
         return
     row.take(prepared, reference_peer)
-    if not peer.is_timed_on(row.device):
-        row.step_seconds = row.first_step_seconds = None
+    if prepared.step_seconds is None:
+        row.first_step_seconds = None
 
 
 def _time(rows: dict[str, Row], workers: dict[str, Worker], repeats: int, say: Say) -> None:

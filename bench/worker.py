@@ -54,7 +54,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """What the first steps of a peer showed; bytes are above what was resident before the step."""
+    """What the first steps of a peer showed; bytes are above what was resident before the step.
+
+    There are no ``step_seconds`` where kernels are interpreted.
+    """
 
     peak_bytes: int
     end_bytes: int
@@ -62,7 +65,7 @@ class Prepared:
     gradient_bytes: int
     predicted_peak_bytes: int | None
     first_step_seconds: float
-    step_seconds: float
+    step_seconds: float | None
     loss: float
     gradient_error: float | None
 
@@ -150,7 +153,8 @@ class Session:
 
             shutdown_compile_workers()
         gradient_error = self._compare_gradients()
-        step_seconds, _ = self._timed_step()
+        timed = self.job.peer.is_timed_on(self.job.device)
+        step_seconds = self._timed_step()[0] if timed else None
         self.module.zero_grad(set_to_none=True)
         with Meter(self.job.device) as meter:
             self._step()
