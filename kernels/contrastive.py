@@ -57,6 +57,8 @@ torch.library.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
+CONTRASTIVE = torch.ops.memopt.contrastive.default
+
 
 @torch.library.impl(_NAME, "default")
 def _contrastive(*args: Any) -> tuple[Tensor, ...]:
