@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from typing import Any
 
@@ -75,9 +76,17 @@ class Pair:
     def losses(self) -> tuple[fx.Node, fx.Node]:
         return self.a.loss.node, self.b.loss.node
 
-    @property
+    @cached_property
     def similarities(self) -> set[fx.Node]:
-        return {*self.a.similarities, *self.b.similarities}
+        """Every node that holds them, and those that are nothing but their transpose or cast."""
+        found = {*self.a.similarities, *self.b.similarities}
+        todo = list(found)
+        while todo:
+            for user in todo.pop().users:
+                if user not in found and (untransposed(user) or _converted(user)):
+                    found.add(user)
+                    todo.append(user)
+        return found
 
 
 def find_pairs(graph: fx.Graph) -> list[Pair]:

@@ -140,3 +140,220 @@ def test_every_spelling_becomes_one_operator_with_eagers_numbers(form: str) -> N
     assert set(names) == {"memopt.contrastive.default"}
     values = [node.meta.get("example_value") for node in graph.nodes]
     assert max(v.numel() for v in values if isinstance(v, Tensor)) < PAIRS * PAIRS
+
+
+def shifted_labels(i: Batch) -> Tensor:
+    """Classes of one rank of several; here of the first, which no graph can know."""
+    z, labels = i.x @ i.y.T, torch.arange(PAIRS) + 0 * PAIRS
+    return F.cross_entropy(z, labels) + F.cross_entropy(z.T, labels)
+
+
+def overwritten_labels(i: Batch) -> Tensor:
+    z, labels = i.x @ i.y.T, torch.arange(PAIRS)
+    labels[3] = 7
+    return F.cross_entropy(z, labels) + F.cross_entropy(z.T, labels)
+
+
+def reversed_labels(i: Batch) -> Tensor:
+    z, labels = i.x @ i.y.T, torch.arange(PAIRS - 1, -1, -1)
+    return F.cross_entropy(z, labels) + F.cross_entropy(z.T, labels)
+
+
+def one_read_twice(i: Batch) -> Tensor:
+    z, labels = i.x @ i.y.T, torch.arange(PAIRS)
+    a, b = F.cross_entropy(z, labels), F.cross_entropy(z.T, labels)
+    return a + b + a.square()
+
+
+def unlike_weights(i: Batch) -> Tensor:
+    z, labels = i.x @ i.y.T, torch.arange(PAIRS)
+    return 0.3 * F.cross_entropy(z, labels) + 0.7 * F.cross_entropy(z.T, labels)
+
+
+def squares(i: Batch) -> Tensor:
+    z, labels = i.x @ i.y.T, torch.arange(PAIRS)
+    a, b = F.cross_entropy(z, labels), F.cross_entropy(z.T, labels)
+    return a * a + b * b
+
+
+def accuracy(i: Batch) -> Tensor:
+    z = i.x @ i.y.T
+    return both(z) + (z.argmax(-1) == torch.arange(PAIRS)).double().mean()
+
+
+def partly_frozen(i: Batch) -> Tensor:
+    with torch.no_grad():
+        x = i.x * i.scale
+    return both(x @ i.y.T, i.y @ x.T)
+
+
+def overwritten(i: Batch) -> Tensor:
+    x = i.x.detach() + 1.0
+    z = i.scale * (x @ i.y.detach().T)
+    x.mul_(2.0)
+    return both(z) + x.sum()
+
+
+APART: dict[str, tuple[Function, str]] = {
+    "labels of another rank": (shifted_labels, "not seen to be arange(N)"),
+    "labels overwritten": (overwritten_labels, "not seen to be arange(N)"),
+    "labels the other way round": (reversed_labels, "not seen to be arange(N)"),
+    "a class that is ignored": (lambda i: apart(i, ignore_index=3), "not seen to be arange(N)"),
+    "smoothing": (lambda i: apart(i, label_smoothing=0.1), "weights, smoothing"),
+    "sums": (lambda i: apart(i, reduction="sum"), "another reduction than mean"),
+    "class weights": (lambda i: apart(i, weight=i.x[:, 0].detach()), "weights, smoothing"),
+    "one loss read twice": (one_read_twice, "only read as their sum"),
+    "unlike weights": (unlike_weights, "only read as their sum"),
+    "squares": (squares, "only read as their sum"),
+    "accuracy": (accuracy, "also read by argmax"),
+    "scaled without gradient": (partly_frozen, "a part of the product has no gradient"),
+    "embeddings overwritten": (overwritten, "overwrites an input"),
+}
+
+
+@pytest.mark.parametrize("form", APART)
+def test_what_is_not_surely_the_same_is_not_fused_and_a_remark_says_why(form: str) -> None:
+    function, reason = APART[form]
+    batch = Batch.draw()
+    torch.manual_seed(1)
+    expected = function(batch)
+    wanted = gradients(expected, batch)
+    torch.manual_seed(1)
+    actual, (record,) = run_compiled(function, batch)
+    missed = [r.text for r in record.remarks if "both directions, not in one" in r.text]
+    assert len(missed) == 1
+    assert reason in missed[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    assert_close(gradients(actual, batch), wanted)
+
+
+NO_PAIR: dict[str, Function] = {
+    "two scales": lambda i: both(i.scale * i.x @ i.y.T, i.y @ i.x.T),
+    "two tensors": lambda i: both(i.scale * i.x @ i.y.T, i.y @ i.x.T / i.scale),
+    "other embeddings": lambda i: both(i.x @ i.y.T, i.y @ (i.x + 1).T),
+    "one direction": lambda i: F.cross_entropy(i.x @ i.y.T, torch.arange(PAIRS)),
+    "a bias": lambda i: both(i.x @ i.y.T + i.x[:, 0], i.y @ i.x.T + i.x[:, 0]),
+    "fewer queries": lambda i: F.cross_entropy(i.x[:9] @ i.y.T, torch.arange(9)),
+}
+
+
+@pytest.mark.parametrize("form", NO_PAIR)
+def test_what_are_not_two_directions_is_served_as_before(form: str) -> None:
+    batch = Batch.draw()
+    expected = NO_PAIR[form](batch)
+    wanted = gradients(expected, batch)
+    actual, (record,) = run_compiled(NO_PAIR[form], batch)
+    assert record.rewrites["chunk_losses"] > 0
+    assert not any("both directions" in remark.text for remark in record.remarks)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    assert_close(gradients(actual, batch), wanted)
+
+
+def test_a_few_pairs_are_left_alone() -> None:
+    batch = Batch(*(t[:64] if t.dim() else t for t in Batch.draw()))
+    _, (record,) = run_compiled(FUSED["transposed"], batch)
+    assert record.rewrites["chunk_losses"] == 0
+
+
+def test_without_gradients_the_operator_is_asked_for_none() -> None:
+    batch = Batch.draw()
+    with torch.no_grad():
+        graph = rewritten(two_products, batch)
+        actual, _ = run_compiled(two_products, batch)
+        torch.testing.assert_close(actual, two_products(batch), rtol=1e-12, atol=1e-12)
+    (node,) = (n for n in graph.nodes if "contrastive" in str(n.target))
+    assert node.args[4] == [False, False, False]
+
+
+def test_the_number_of_pairs_changes_without_a_recompilation() -> None:
+    frames = []
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        frames.append(gm)
+        Pipeline("pre_grad", PRE_GRAD).run(gm, PassContext(read_options(options())))
+        assert any("contrastive" in str(node.target) for node in gm.graph.nodes)
+        return gm.forward
+
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        return both(x @ y.T)
+
+    compiled: Any = torch.compile(function, backend=backend, dynamic=True)
+    for rows in (300, 280, 260):
+        x, y = torch.randn(2, rows, SIZE, dtype=torch.float64)
+        torch.testing.assert_close(compiled(x.clone(), y.clone()), both(x @ y.T))
+    assert len(frames) == 1
+
+
+def autocast(function: Function) -> Function:
+    def run(i: Batch) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return function(i)
+
+    return run
+
+
+def same_product(i: Batch) -> Tensor:
+    """``two_products`` with one product for both directions, as the operator has it."""
+    x, y = F.normalize(i.x, dim=-1), F.normalize(i.y, dim=-1)
+    return both(i.scale.exp() * (x @ y.T))
+
+
+@pytest.mark.parametrize("function", [two_products, same_product])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "autocast"])
+def test_low_precision_is_as_near_to_float64_as_eager_with_one_product_is(
+    dtype: str, function: Function
+) -> None:
+    seeds = iter(range(5))
+    own: Function = function
+    plain: Function = same_product
+    if dtype == "autocast":
+        own, plain = autocast(function), autocast(same_product)
+
+    def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        batch = Batch.draw(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+        torch.manual_seed(next(seeds))
+        batch = Batch(*(t.detach().normal_().requires_grad_() for t in batch))
+        exact = Batch(*(t.detach().double().requires_grad_() for t in batch))
+        torch._dynamo.reset()
+        value, (record,) = run_compiled(own, batch)
+        assert record.rewrites["chunk_losses"] == 1
+        results = (value, batch), (same_product(exact), exact), (plain(batch), batch)
+        a, b, c = ([v.detach(), *torch.autograd.grad(v, list(leaves))] for v, leaves in results)
+        assert [t.dtype for t in a] == [t.dtype for t in c]
+        return a, b, c
+
+    references.assert_draws_within_reference_error(draw)
+
+
+class Clip(nn.Module):
+    """Returns its similarities beside the loss."""
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        z = batch.x @ batch.y.T * batch.scale
+        return both(z), z, z.T
+
+
+def test_returned_similarities_are_kept_unless_they_may_be_none() -> None:
+    batch = Batch.draw()
+    expected = Clip()(batch)
+    kept, (record,) = run_compiled(Clip(), batch)
+    assert any("logits='none' would return None" in r.text for r in record.remarks)
+    torch.testing.assert_close(kept, expected)
+    torch._dynamo.reset()
+    (loss, *rest), (record,) = run_compiled(Clip(), batch, logits="none")
+    assert rest == [None, None]
+    assert record.rewrites["chunk_losses"] == 1
+    torch.testing.assert_close(loss, expected[0], rtol=1e-12, atol=1e-12)
+    assert_close(gradients(loss, batch), gradients(expected[0], batch))
+
+
+def test_a_step_holds_no_similarities() -> None:
+    rows = 1024
+    torch.manual_seed(0)
+    x, y = (torch.randn(rows, 16, requires_grad=True) for _ in range(2))
+    batch = Batch(x, y, torch.tensor(1.0, requires_grad=True))
+    compiled: Any = torch.compile(two_products, backend="memopt", options=options())
+    torch.autograd.grad(compiled(batch), list(batch))
+    with Meter() as meter:
+        torch.autograd.grad(compiled(batch), list(batch))
+    assert meter.peak_bytes < rows * rows * 4
