@@ -14,6 +14,7 @@ from memopt.lazy_logits import LazyLogits
 from memopt.passes import PRE_GRAD
 from memopt.pipeline import PassContext, Pipeline
 from memopt.record import GraphRecord
+from tests import references
 
 TOKENS, HIDDEN, CLASSES = 24, 16, 307
 BATCH = (4, 6)
@@ -301,6 +302,28 @@ DECLINED: dict[str, tuple[Function, str]] = {
         lambda i: F.cross_entropy(flat(F.linear(i.x, i.w) * -1.0), i.y.view(-1)),
         "also read by",
     ),
+    "the memory read as another dtype": (
+        lambda i: (
+            F.cross_entropy(
+                flat(F.linear(i.x, i.w).detach().view(torch.int64).view(torch.float64)),
+                i.y.view(-1),
+            )
+            + i.x.sum()
+        ),
+        "also read by view",
+    ),
+    "quantised to eight bits": (
+        lambda i: F.cross_entropy(
+            flat(F.linear(i.x, i.w).to(torch.float8_e4m3fn).to(torch.float64)), i.y.view(-1)
+        ),
+        "also read by",
+    ),
+    "one loss is the bias of another": (
+        lambda i: F.cross_entropy(
+            (z := F.linear(i.w, i.w)) + torch.logsumexp(z, -1), torch.arange(CLASSES) % 7
+        ),
+        "one loss on the logits is an input of another",
+    ),
     "factor per class": (
         lambda i: F.cross_entropy(flat(F.linear(i.x, i.w) * i.weight), i.y.view(-1)),
         "also read by",
@@ -433,6 +456,49 @@ def test_autocast_computes_in_its_dtype() -> None:
         assert (a - truth).abs().max() <= 1.5 * (e - truth).abs().max()
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("back", [False, True])
+def test_logits_rounded_before_the_loss_are_as_near_to_float64_as_eagers(
+    narrow: torch.dtype, back: bool
+) -> None:
+    y = torch.randint(0, CLASSES, (TOKENS,))
+
+    def rounded(x: Tensor, w: Tensor) -> Tensor:
+        z = F.linear(x, w).to(narrow)
+        return F.cross_entropy(z.float() if back else z, y)
+
+    def exact(x: Tensor, w: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, w), y)
+
+    def compiled(x: Tensor, w: Tensor) -> Tensor:
+        torch._dynamo.reset()
+        value, (record,) = run_compiled(rounded, x, w)
+        assert record.rewrites["chunk_losses"] == 1
+        assert isinstance(value, Tensor)
+        return value
+
+    def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        inputs = [torch.randn(TOKENS, HIDDEN), torch.randn(CLASSES, HIDDEN)]
+        truth = references.run(exact, references.doubles(inputs))
+        return references.run(compiled, inputs), truth, references.run(rounded, inputs)
+
+    references.assert_draws_within_reference_error(draw)
+
+
+def test_a_head_may_read_what_takes_the_place_of_another_ones_loss() -> None:
+    def function(i: Inputs) -> Tensor:
+        normaliser = torch.logsumexp(F.linear(i.x, i.w), -1)
+        return F.cross_entropy(F.linear(normaliser, i.w[:, : BATCH[1]]), i.known[:, 0])
+
+    inputs = Inputs()
+    expected = function(inputs)
+    wanted = gradients(expected, inputs)
+    actual, (record,) = run_compiled(function, inputs)
+    assert record.rewrites["chunk_losses"] == 2
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    assert_close(gradients(actual, inputs), wanted)
+
+
 class Model(nn.Module):
     """A head whose logits are returned, as language models do."""
 
@@ -483,6 +549,21 @@ def test_returned_logits_can_be_dropped_kept_or_left_whole(model: Model) -> None
         if returned is not None:
             torch.testing.assert_close(returned, logits)
             assert returned.requires_grad == (mode == "full")
+
+
+def test_logits_that_are_read_behind_a_graph_break_are_lazy_and_not_none() -> None:
+    def function(i: Inputs) -> tuple[Tensor, Tensor]:
+        logits = F.linear(i.x, i.w)
+        loss = F.cross_entropy(flat(logits), i.y.view(-1))
+        torch._dynamo.graph_break()
+        return loss, logits.argmax(-1)
+
+    inputs = Inputs()
+    expected = function(inputs)
+    actual, (record, *_) = run_compiled(function, inputs, logits="none")
+    assert record.rewrites["chunk_losses"] == 1
+    assert any("returned logits: lazy" in remark.text for remark in record.remarks)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_an_optimiser_step_makes_lazy_logits_stale(model: Model) -> None:
