@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from memopt._torch import size_hint
 from memopt.kernels import forward_gradients
 from memopt.kernels.head import HALF_UNIT, Gradients, Head, block_rows, pieces
 
@@ -235,3 +236,43 @@ def _lacking(a: Arguments) -> Tensor:
     one = torch.ones_like(scale)
     share = 1 / (unit * len(a.x) * (2 if a.both else 1))
     return torch.stack([scale, scale, one]) * share
+
+
+def scratch_bytes(*args: Any) -> int:
+    """What the operator allocates at most at a time besides its results, in bytes.
+
+    Args:
+        *args: its arguments, fake or real.
+    """
+    a = Arguments(*args)
+    (rows, width), others = map(size_hint, a.x.shape), size_hint(a.y.shape[0])
+    x, y, scale = a.wanted
+    wide, itemsize, trained = a.wide.itemsize, a.x.element_size(), x or y or scale
+    size = min(a.chunk_rows, rows)
+    height = min(size, block_rows(others, wide))
+    buffers = size * others * itemsize
+    buffers += ((itemsize != wide) + a.both) * height * others * wide
+    kept = 2 * rows * wide
+    columns = 2 * a.both * others * wide  # and as much again while a block is added
+    by_row = max(3 * height, rows) * wide
+    if not trained:
+        return buffers + kept + columns + max(columns, by_row)
+
+    half = a.x.dtype == torch.float16
+    result = wide if half else itemsize
+    added = wide if size < rows else result
+    sums = y * others * width * (added - result)
+    if scale and not x and not y:  # by way of a gradient that is no result
+        sums += rows * width * result
+    product = 0
+    if half and (x or not y):
+        product = size * width * (itemsize + wide)
+    if y and added != itemsize:
+        part = min(others, block_rows(width, 4))
+        product = max(product, part * width * (itemsize + wide))
+    kept += columns // 2
+    adding = buffers + kept + sums + max(product, by_row)
+    converted = y * (added != result) * others * width * result
+    summed = min(a.chunk_rows, rows if x or not y else others)
+    dot = scale * summed * width * 8 * (3 if wide < 8 else 1)
+    return max(buffers + 2 * columns, adding, kept + sums + converted + dot)
