@@ -89,7 +89,7 @@ def _reduced(*args: Any) -> tuple[Tensor, ...]:
     arguments = Arguments(*shared)
     work = _Work.of(arguments)
     size = work.total if mean else torch.ones_like(work.total)
-    share = torch.where(size > 0, 1 / size, 0.0)
+    share = torch.where(size != 0, 1 / size, 0.0)
     half = arguments.x.dtype == torch.float16
     upstream = None
     if any(arguments.wanted):
