@@ -116,20 +116,21 @@ def unsafe(head: Head, last: fx.Node) -> str:
     entered = sum(name.endswith("_increment_nesting") for name in before)
     if entered > sum(name.endswith("_decrement_nesting") for name in before):
         return "the head is inside a functorch transform"
-    memory = {_memory(n) for n in inputs}
+    held = {memory(n) for n in inputs}
     for node, name in zip(nodes, names, strict=True):
-        late = head.node < node < last and _writes(name)
-        if late and memory & set(map(_memory, node.all_input_nodes)):
+        late = head.node < node < last and writes(name)
+        if late and held & set(map(memory, node.all_input_nodes)):
             return f"{node.name} overwrites an input of the head before the loss"
     return ""
 
 
-def _writes(name: str) -> bool:
+def writes(name: str) -> bool:
+    """Whether an operator of this name overwrites an argument."""
     in_place = name.endswith("_") and not name.endswith("__")
     return in_place or name in ("setitem", "iadd", "isub", "imul", "itruediv")
 
 
-def _memory(node: fx.Node) -> Any:
+def memory(node: fx.Node) -> Any:
     """What tensors share if they are views of each other; the node where it is no tensor."""
     value = traced(node)
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else node

@@ -91,11 +91,11 @@ def follow(head: Head) -> tuple[dict[fx.Node, Logits], list[tuple[fx.Node, Logit
     while todo:
         logits = members[todo.pop()]
         for user in logits.node.users:
-            step = _step(user, logits, head)
-            if step is None:
+            found = step(user, logits, head)
+            if found is None:
                 readers.append((user, logits))
             elif user not in members:
-                members[user] = step
+                members[user] = found
                 todo.append(user)
     order = {node: i for i, node in enumerate(head.node.graph.nodes)}
     return members, sorted(readers, key=lambda reader: order[reader[0]])
@@ -116,11 +116,11 @@ def flipped(user: fx.Node, logits: Logits, head: Head) -> Head | None:
     return Head(user, head.weight, head.hidden, None, path=logits.path)
 
 
-def _step(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
+def step(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
     """What ``user`` makes of the logits, if it still holds them."""
     if user.op not in ("call_function", "call_method"):
         return None
-    for rule in (_same, _detached, _cast, _valued, _normalised, _shaped, _swapped):
+    for rule in (_same, _detached, _cast, _valued, _normalised, shaped, _swapped):
         found = rule(user, logits, head)
         if found is not None:
             return replace(found, node=user)
@@ -225,7 +225,7 @@ def _normalised(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
     return replace(logits, normalised=True) if last and logits.classes_at == -1 else None
 
 
-def _shaped(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
+def shaped(user: fx.Node, logits: Logits, head: Head | None) -> Logits | None:
     """Views and slices that leave every row whole."""
     before, after = shape_of(logits.node), shape_of(user)
     if logits.classes_at != -1 or not _is_input(user, logits):

@@ -382,16 +382,15 @@ def test_what_it_allocates_is_what_the_formula_says_whatever_is_ignored(
 ) -> None:
     rows, width, other, classes, chunk_rows = shape
     x, w = torch.randn(rows, width, dtype=dtype), torch.randn(classes, width, dtype=dtype)
-    fixed: Any = torch.randn(rows, other, dtype=dtype), torch.randn(classes, other, dtype=dtype)
-    fixed = (*fixed, None)
-    if given:
-        fixed = torch.randn(rows, classes, dtype=dtype), None, None
+    given_to, matrix = torch.randn(rows, classes if given else other, dtype=dtype), None
+    if not given:
+        matrix = torch.randn(classes, other, dtype=dtype)
     target = torch.zeros(rows, dtype=torch.int64)
     if ignored:
         target[::5] = IGNORED
     args: tuple[Any, ...] = Arguments(
-        x, w, None, *fixed, target, IGNORED, beta, False, [1.0, 1.0], [softcap] * 2, chunk_rows,
-        [True, True, False],
+        x, w, None, given_to, matrix, None, target, IGNORED, beta, False, [1.0, 1.0],
+        [softcap] * 2, chunk_rows, [True, True, False],
     )  # fmt: skip
     if form == "backward":
         args = (*args, torch.ones(rows))
