@@ -42,7 +42,7 @@ class Arguments(NamedTuple):
         x: the student's hidden states `(N, H)`.
         weight: `(V, H)`.
         bias: `(V,)` or None.
-        teacher_x: the teacher's hidden states `(N, H')`, or its logits `(N, V)`.
+        teacher_x: the teacher's hidden states `(N, H')`, or its logits `(..., V)` in `N` rows.
         teacher_weight: `(V, H')`, or None for logits.
         teacher_bias: `(V,)` or None.
         target: classes `(N,)`, int64, read only to leave rows out; or None.

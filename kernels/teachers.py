@@ -73,7 +73,8 @@ class FromLogits:
     """A row loss against logits that are at hand, of which a block is read at a time.
 
     Attributes:
-        teacher: what its raw product is to become; the product itself stands in ``x_NH``.
+        teacher: what its raw product is to become; the product itself stands in ``x_NH``, `(...,
+            V)` with any strides.
         beta: which divergence, in ``[0, 1]``.
         cross: whether the forward one leaves out the teacher's entropy.
     """
@@ -84,9 +85,12 @@ class FromLogits:
 
     def at(self, rows: slice | Tensor) -> BlockLoss:
         raw = self.teacher.x_NH
-        own = None if isinstance(rows, slice) else rows
         block = _divergence(self.teacher, raw, self.beta, cross=self.cross)
-        return replace(block, rows=own) if own is not None else block.at(rows)
+        if isinstance(rows, slice) and raw.dim() == 2:
+            return block.at(rows)
+        if isinstance(rows, slice):
+            rows = torch.arange(rows.start, rows.stop, device=raw.device)
+        return replace(block, rows=rows)
 
 
 def blocks(beta: float) -> int:
@@ -101,7 +105,8 @@ class _Divergence:
     Attributes:
         teacher: maps its raw product to logits.
         raw_RV: its raw product of these rows.
-        rows: which rows of ``raw_RV`` these are, where they have not been picked yet.
+        rows: which rows of ``raw_RV``, `(..., V)` then, these are, where they have not been
+            picked yet.
         kept_RV: what ``values`` leaves for ``gradient_``.
     """
 
@@ -120,7 +125,9 @@ class _Divergence:
         return torch.log_softmax(self.teacher.activate(self._picked()).to(dtype), 1)
 
     def _picked(self) -> Tensor:
-        return self.raw_RV if self.rows is None else self.raw_RV[self.rows]
+        if self.rows is None:
+            return self.raw_RV
+        return self.raw_RV[torch.unravel_index(self.rows, self.raw_RV.shape[:-1])]
 
     def values(self, z_RV: Tensor, lse_R: Tensor) -> Tensor:
         raise NotImplementedError

@@ -10,7 +10,7 @@ from memopt.emit import emit, extent, shape_of, traced
 from memopt.kernels.divergence import REDUCED, ROWS
 from memopt.passes.distributions import at_hand, is_at_hand
 from memopt.passes.divergences import Divergence
-from memopt.passes.logits import Logits, follow, rows_of
+from memopt.passes.logits import RESHAPES, Logits, follow, rows_of
 from memopt.passes.row_operators import RowOperators
 from memopt.passes.row_sums import Replay
 from memopt.passes.terms import Softmax
@@ -73,15 +73,26 @@ class _Writer:
         own, logits = self.divergence, self.divergence.student.logits
         trained = bool(traced(own.node).requires_grad)
         student = self.student.inputs(logits, trained=trained)
-        x, weight, bias = self.fixed.inputs(self.teacher.logits, trained=False)
-        given = is_at_hand(self.teacher.head)
+        fixed: tuple[fx.Node, fx.Node | None, fx.Node | None]
+        if is_at_hand(self.teacher.head):
+            fixed = self._logits_at_hand(), None, None
+        else:
+            fixed = self.fixed.inputs(self.teacher.logits, trained=False)
         wanted = [n is not None and bool(traced(n).requires_grad) for n in student]
         scale = [logits.scale, self.teacher.logits.scale]
         softcap = [logits.softcap, self.teacher.logits.softcap]
         return self.call(
-            op, *student, x, None if given else weight, bias, None, -100, own.beta, own.cross,
+            op, *student, *fixed, None, -100, own.beta, own.cross,
             scale, softcap, self.student.chunk_rows, wanted, *more,
         )  # fmt: skip
+
+    def _logits_at_hand(self) -> fx.Node:
+        """The teacher's, in the order of the rows; a view where the steps to them are views."""
+        logits, path = self.teacher.logits, self.teacher.logits.path
+        while path and path[-1].target in RESHAPES:
+            path = path[:-1]
+        x = rows_of(self.graph, self.teacher.head, replace(logits, path=path), self.fixed.rows)
+        return self.call("detach", x)
 
     def column(self) -> fx.Node:
         """Divergences of rows in the shape of the elementwise values, with one class."""

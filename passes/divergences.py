@@ -18,7 +18,7 @@ from memopt.emit import shape_of, traced
 from memopt.passes.distributions import divergence_of, is_at_hand, understand
 from memopt.passes.heads import Head, memory, writes
 from memopt.passes.logits import follow
-from memopt.passes.row_losses import arguments
+from memopt.passes.row_losses import arguments, find_loss
 from memopt.passes.row_sums import plain_sum, tail_of
 from memopt.passes.terms import Mixture, Softmax, Terms, scaled, softmaxes
 
@@ -87,11 +87,12 @@ class Divergences:
         head = divergence.teacher.head
         if is_at_hand(head):
             return ""
-        for reader, _ in follow(head)[1]:
-            if not any(reader in d.inside or reader is d.node for d in self.found):
+        taken = frozenset[fx.Node]().union(*(d.nodes for d in self.found))
+        for reader, logits in follow(head)[1]:
+            if reader not in taken and find_loss(reader, logits) is None:
                 return f"{reader.name} reads them"
-        taken = frozenset().union(*(d.nodes for d in self.found))
-        for node in divergence.inside:
+        known = follow(head)[0].keys() | follow(divergence.student.head)[0].keys()
+        for node in sorted(divergence.inside - known - {divergence.result}):
             for user in node.users:
                 if user not in taken:
                     return f"{user.name} reads {node.name}"
@@ -221,13 +222,13 @@ def _escaping(
     found: list[Divergence], known: Mapping[fx.Node, Terms]
 ) -> tuple[Divergence, str] | None:
     """A divergence whose student's values are read by others too, and the reason."""
-    taken = frozenset().union(*(d.nodes for d in found))
+    taken = frozenset[fx.Node]().union(*(d.nodes for d in found))
     for divergence in found:
         product = divergence.student.product
         members = follow(divergence.student.head)[0]
         for node in sorted(divergence.inside):
             own = node not in known or any(s.product is product for s in softmaxes(known[node]))
-            if not own or node in members:
+            if not own or node in members or node is divergence.result:
                 continue
             for user in node.users:
                 if user not in taken:

@@ -26,7 +26,7 @@ _CASTS: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "double": torch.float64,
 }
-_RESHAPES = frozenset({"view", "reshape"})
+RESHAPES = frozenset({"view", "reshape"})
 _FACTORS: Mapping[Any, Callable[[float], float]] = {
     target: function
     for targets, function in (
@@ -72,7 +72,7 @@ class Logits:
     @property
     def values(self) -> tuple[object, ...]:
         """Equal where the values are, row by row: the same rows in order, changed alike."""
-        order = (*_RESHAPES, "flatten", torch.flatten, "unsqueeze", torch.unsqueeze)
+        order = (*RESHAPES, "flatten", torch.flatten, "unsqueeze", torch.unsqueeze)
         rows = tuple(step for step in self.path if step.target not in order)
         return rows, self.scale, self.softcap, self.bias
 
@@ -235,7 +235,7 @@ def shaped(user: fx.Node, logits: Logits, head: Head | None) -> Logits | None:
     rank = len(before)
     target, args = user.target, loosely(user.args[1:])
     whole = (
-        target in _RESHAPES
+        target in RESHAPES
         or (target in ("flatten", torch.flatten) and _flattens_rows(args, rank))
         or (target is operator.getitem and _keeps_last(args[0], rank))
         or (target in ("squeeze", torch.squeeze, "select", "narrow") and _dims_of(args[:1], rank))
@@ -300,7 +300,7 @@ def rows_of(graph: fx.Graph, head: Head, logits: Logits, cache: dict[Any, fx.Nod
                 target = operator.truediv if _divides(step) else operator.mul
                 factor = next(n for n in reversed(step.all_input_nodes) if _is_one(n))
                 cache[key] = emit(graph, target, (node, factor), like=step)
-            elif step.target in _RESHAPES:
+            elif step.target in RESHAPES:
                 sizes = loosely(step.args[1:])
                 sizes = sizes[0] if isinstance(sizes[0], (tuple, list)) else sizes
                 cache[key] = emit(graph, "reshape", (node, *sizes[:-1], width), like=step)

@@ -14,7 +14,7 @@ from torch import fx
 from memopt._torch import size_hint
 from memopt.emit import emit, shape_of, traced
 from memopt.passes.heads import loosely
-from memopt.passes.logits import Logits, shaped
+from memopt.passes.logits import RESHAPES, Logits, shaped
 from memopt.passes.row_losses import arguments
 
 _SUMS = frozenset({torch.sum, "sum"})
@@ -23,7 +23,6 @@ _PRODUCTS = frozenset({operator.mul, torch.mul, "mul"})
 _RATIOS = frozenset({operator.truediv, torch.div, torch.true_divide, "div"})
 _FILLS = frozenset({torch.masked_fill, "masked_fill"})
 _CASTS = frozenset({"float", "half", "bfloat16", "double", "to", "contiguous", "clone"})
-_RESHAPES = frozenset({"view", "reshape"})
 _SIZES = frozenset({"size", torch.ops.aten.sym_size.int})
 
 
@@ -117,7 +116,7 @@ class Replay:
             self._masks[node] = (mask, rows)
         elif node.target in _CASTS:
             self.columns[node] = column
-        elif node.target in _RESHAPES:
+        elif node.target in RESHAPES:
             sizes = loosely(node.args[1:])
             sizes = sizes[0] if isinstance(sizes[0], (tuple, list)) else sizes
             self.columns[node] = emit(self.graph, "reshape", (column, *sizes[:-1], 1), like=node)

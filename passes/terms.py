@@ -102,7 +102,7 @@ def exponential(terms: Terms) -> Terms | None:
 
 
 def logarithm(terms: Terms) -> Terms | None:
-    """Of one probability, or of shares of several that add up to one."""
+    """Of one probability, or of shares of several."""
     if any(p is None or log_p for p, log_p in terms):
         return None
     shares = {p: value for (p, _), value in terms.items()}
@@ -111,10 +111,11 @@ def logarithm(terms: Terms) -> Terms | None:
     if len(shares) == 1:
         ((p, value),) = shares.items()
         return added({(None, p): 1.0}, {ONE: math.log(value)})
-    if not math.isclose(sum(shares.values()), 1.0, rel_tol=1e-9):
+    total = sum(shares.values())
+    parts = [(p, round(v / total, 12)) for p, v in shares.items() if isinstance(p, Softmax)]
+    if len(parts) < len(shares) or not parts:
         return None
-    parts = [(p, value) for p, value in shares.items() if isinstance(p, Softmax)]
-    return {(None, Mixture(frozenset(parts))): 1.0} if len(parts) == len(shares) else None
+    return added({(None, Mixture(frozenset(parts))): 1.0}, {ONE: math.log(total)})
 
 
 def frozen(softmax: Softmax) -> Softmax:
