@@ -16,7 +16,7 @@ from torch import fx
 
 from memopt.emit import shape_of, traced
 from memopt.passes.distributions import divergence_of, is_at_hand, understand
-from memopt.passes.heads import Head, memory, writes
+from memopt.passes.heads import Head, memory, source_of, writes
 from memopt.passes.logits import follow
 from memopt.passes.row_losses import arguments, find_loss
 from memopt.passes.row_sums import plain_sum, tail_of
@@ -117,11 +117,23 @@ def find_divergences(graph: fx.Graph) -> Divergences:
         else:
             heads += own
             reasons.update(dict.fromkeys((*inside, node), divergence))
+    heads += _unfound(known)
     while bad := _escaping(found, known):
         divergence, reason = bad
         found.remove(divergence)
         reasons.update(dict.fromkeys((*divergence.inside, divergence.node), reason))
     return Divergences(tuple(found), reasons, tuple(dict.fromkeys(heads)))
+
+
+def _unfound(known: Mapping[fx.Node, Terms]) -> list[Head]:
+    """The heads of trained log-probabilities, whose readers may not be understood."""
+    sources = list[Head | None]()
+    for terms in known.values():
+        for p, log_p in terms:
+            if p is None and isinstance(log_p, Softmax) and log_p.trained:
+                hand = is_at_hand(log_p.head)
+                sources.append(source_of(log_p.product) if hand else log_p.head)
+    return [head for head in sources if head is not None]
 
 
 def _candidates(
@@ -157,6 +169,8 @@ def _identified(node: fx.Node, terms: Terms) -> Divergence | str:
     trained = [s for s in own if s.trained]
     if len(trained) > 1:
         return "both distributions need a gradient, and a teacher gets none"
+    if any(is_at_hand(s.head) for s in trained):
+        return "the trained logits are not a head's as they are"
     for student in sorted(own, key=lambda s: not s.trained):
         if is_at_hand(student.head) or (trained and not student.trained):
             continue

@@ -14,6 +14,7 @@ from memopt.passes import PRE_GRAD
 from memopt.passes.heads import memory
 from memopt.pipeline import PassContext, Pipeline
 from memopt.record import GraphRecord
+from tests.references import assert_draws_within_reference_error
 
 BATCH, LENGTH, CLASSES = 4, 6, 307
 T = 2.0
@@ -322,13 +323,10 @@ def rewritten(function: Function, inputs: Inputs) -> fx.Graph:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("chunk_rows", [0, 5])
-def test_every_spelling_is_found_and_gives_eagers_loss_and_gradients(
-    form: str, chunk_rows: int
-) -> None:
+def test_every_spelling_is_found_and_gives_eagers_loss_and_gradients(form: str) -> None:
     inputs = Inputs()
     expected = run(FORMS[form], inputs)
-    function, records = compiled(FORMS[form], chunk_rows=chunk_rows)
+    function, records = compiled(FORMS[form], chunk_rows=5)
     actual = run(function, inputs)
     (record,) = records
     assert record.rewrites["chunk_losses"] >= 1, record.remarks
@@ -396,8 +394,8 @@ def skewed(i: Inputs) -> Tensor:
 
 
 def smoothed_logarithm(i: Inputs) -> Tensor:
-    p, q = i.student().softmax(-1), i.teacher().softmax(-1)
-    return (q * (q.log_softmax(-1) - (p + 1e-8).log())).sum()
+    p, q = log_p(i.student()).exp(), i.teacher().softmax(-1)
+    return (q * (q.log() - (p + 1e-8).log())).sum()
 
 
 def expanded(i: Inputs) -> Tensor:
