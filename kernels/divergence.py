@@ -227,7 +227,7 @@ def scratch_bytes(*args: Any) -> int:
     targets = rows * (8 + wide * (2 if trained else 1))
     return of_teacher + targets + head_scratch_bytes(
         rows, width, classes, a.x.element_size(), a.chunk_rows,
-        blocks=trained + changed + blocks(a.beta), exact=narrow and chunks > 8,
+        blocks=trained + changed + blocks(a.beta, cross=a.cross), exact=narrow and chunks > 8,
     )  # fmt: skip
 
 

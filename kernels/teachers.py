@@ -14,7 +14,7 @@ A class that the teacher rules out, with a logit of minus infinity, counts for n
 teacher's expectations.
 
 Blocks are used once: ``values`` first, then ``gradient_``, which finishes what ``values`` began.
-So the forward directions hold two tensors of a block's size at a time, and Jensen-Shannon four.
+So no more than a few tensors of a block's size exist at a time; see ``blocks``.
 
 Legend: ``N`` tokens, ``H`` hidden size, ``V`` vocabulary, ``C`` rows of a chunk, ``R`` rows of a
 block.
@@ -93,9 +93,11 @@ class FromLogits:
         return replace(block, rows=rows)
 
 
-def blocks(beta: float) -> int:
+def blocks(beta: float, *, cross: bool) -> int:
     """Tensors of a block's size that a divergence holds, besides the student's own."""
-    return 2 if beta in (0, 1) else 4
+    if beta == 0:
+        return 2 if cross else 3
+    return 2 if beta == 1 else 4
 
 
 @dataclass
@@ -124,6 +126,10 @@ class _Divergence:
         """The teacher's log-probabilities, a new tensor."""
         return torch.log_softmax(self.teacher.activate(self._picked()).to(dtype), 1)
 
+    def q(self, dtype: torch.dtype) -> Tensor:
+        """The teacher's probabilities, a new tensor: more exact than from their logarithms."""
+        return torch.softmax(self.teacher.activate(self._picked()).to(dtype), 1)
+
     def _picked(self) -> Tensor:
         if self.rows is None:
             return self.raw_RV
@@ -147,9 +153,8 @@ class ForwardKL(_Divergence):
     """``sum_v q_v (log q_v - log p_v)``, whose gradient is ``p - q``."""
 
     def values(self, z_RV: Tensor, lse_R: Tensor) -> Tensor:
-        log_q = _finite_(self.log_q(z_RV.dtype))
-        difference = torch.log_softmax(z_RV, 1).neg_().add_(log_q)
-        self.kept_RV = log_q.exp_()
+        self.kept_RV, log_p = self.q(z_RV.dtype), torch.log_softmax(z_RV, 1)
+        difference = _finite_(self.kept_RV.log()).sub_(log_p)
         return difference.mul_(self.kept_RV).sum(1)
 
     def gradient_(
@@ -163,7 +168,7 @@ class CrossEntropy(ForwardKL):
     """``-sum_v q_v log p_v``: the forward divergence and the teacher's entropy."""
 
     def values(self, z_RV: Tensor, lse_R: Tensor) -> Tensor:
-        self.kept_RV = self.log_q(z_RV.dtype).exp_()
+        self.kept_RV = self.q(z_RV.dtype)
         return torch.log_softmax(z_RV, 1).mul_(self.kept_RV).sum(1).neg_()
 
 

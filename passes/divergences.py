@@ -165,21 +165,27 @@ def _inside(node: fx.Node, known: Mapping[fx.Node, Terms]) -> frozenset[fx.Node]
 
 def _identified(node: fx.Node, terms: Terms) -> Divergence | str:
     """Which divergence some terms are, and of whom; or why they are none that is known."""
-    own = softmaxes(terms)
+    own = sorted(softmaxes(terms), key=_order)
     trained = [s for s in own if s.trained]
     if len(trained) > 1:
         return "both distributions need a gradient, and a teacher gets none"
     if any(is_at_hand(s.head) for s in trained):
         return "the trained logits are not a head's as they are"
-    for student in sorted(own, key=lambda s: not s.trained):
+    for student in own:
         if is_at_hand(student.head) or (trained and not student.trained):
             continue
-        for teacher in own - {student}:
+        for teacher in (s for s in own if s != student):
             for beta, cross, expected in _family(student, teacher, terms):
                 factor = _ratio(terms, expected)
                 if factor:
                     return Divergence(node, student, teacher, beta, cross, factor)
     return "no divergence that is known is made of these terms"
+
+
+def _order(softmax: Softmax) -> tuple[object, ...]:
+    """Trained ones first, then as in the graph: the same on every run."""
+    logits = softmax.logits
+    return not softmax.trained, softmax.product, logits.node, len(logits.path)
 
 
 def _family(p: Softmax, q: Softmax, terms: Terms) -> Iterator[tuple[float, bool, Terms]]:

@@ -503,7 +503,7 @@ def test_without_gradients_none_are_computed() -> None:
         assert asked == [[False, False, False]], form
         function, records = compiled(FORMS[form])
         torch.testing.assert_close(function(inputs), FORMS[form](inputs))
-        assert records[0].rewrites["chunk_losses"] == 1
+        assert records[0].rewrites["chunk_losses"] >= 1
 
 
 @pytest.mark.parametrize("frozen", ["x", "w"])
@@ -533,7 +533,7 @@ def test_low_precision_is_as_near_to_float64_as_eager_is(form: str, dtype: torch
         exact = run(FORMS[form], inputs.converted(torch.float64))
         return run(function, inputs), exact, run(FORMS[form], inputs)
 
-    assert_draws_within_reference_error(draw)
+    assert_draws_within_reference_error(draw, 20)
 
 
 @pytest.mark.parametrize("form", ["Hinton", "generalised, 0.1, sum"])
