@@ -156,7 +156,7 @@ def test_low_precision_is_as_near_to_float64_as_eager_is(
         assert [t.dtype for t in actual] == [t.dtype for t in plain]
         return actual, run(c.plain, doubles(c.inputs), factor), plain
 
-    assert_draws_within_reference_error(draw)
+    assert_draws_within_reference_error(draw, 20)
 
 
 @BETAS
@@ -369,7 +369,7 @@ SHAPES = [
 )
 @pytest.mark.parametrize(
     ("beta", "softcap", "given"),
-    [(0.0, 0.0, False), (0.0, 5.0, True), (1.0, 5.0, False), (0.5, 0.0, False), (0.5, 5.0, True)],
+    [(0.0, 0.0, False), (1.0, 5.0, False), (0.5, 5.0, True)],
 )
 def test_what_it_allocates_is_what_the_formula_says_whatever_is_ignored(
     dtype: torch.dtype,
