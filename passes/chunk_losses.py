@@ -136,17 +136,17 @@ class ChunkLosses:
             return "no loss reads the logits"
         (output,) = graph.find_nodes(op="output")
         last = output if readers.returned else max(reader.node for reader in served)
+        whole = {d: divergences.teacher_stays(d) for d in readers.distilled}
+        teachers = {d: left_whole(d.teacher) if s else d.teacher for d, s in whole.items()}
+        refusals = (unsafe(teacher.head, d.node) for d, teacher in teachers.items())
         late = unsafe(head, last) or self._refusal(head, readers.returned)
-        teachers = [unsafe(d.teacher.head, d.node) for d in readers.distilled]
-        if reason := late or next(filter(None, teachers), ""):
+        if reason := late or next(filter(None, refusals), ""):
             return reason
         operators = {own: RowOperators(graph, own, self.chunk_rows) for own in readers.heads}
         for own, group in readers.losses.items():
             alone = len(group) == 1 and not readers.distilled
             operators[own].replace_all(group, alone=alone)
-        whole = {d: divergences.teacher_stays(d) for d in readers.distilled}
-        for divergence, stays in whole.items():
-            teacher = left_whole(divergence.teacher) if stays else divergence.teacher
+        for divergence, teacher in teachers.items():
             alone = len(served) == 1
             write_divergence(graph, divergence, teacher, self.chunk_rows, alone=alone)
         for logits in dict.fromkeys(readers.returned):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from memopt.emit import same_shape, shape_of, traced
-from memopt.passes.heads import Head, loosely, source_of, writes
+from memopt.passes.heads import Head, loosely, overwrites, source_of
 from memopt.passes.logits import Logits, follow, shaped, step
 from memopt.passes.row_losses import arguments
 from memopt.passes.terms import (
@@ -121,7 +121,7 @@ def _divide(node: fx.Node, known: Mapping[fx.Node, Terms]) -> Terms | None:
 
 
 def _negate(node: fx.Node, known: Mapping[fx.Node, Terms]) -> Terms | None:
-    value = _value(node.args[0], known)
+    value = _value(node.args[0], known) if node.args else None
     return None if value is None else scaled(value, -1.0)
 
 
@@ -132,7 +132,7 @@ def _function(node: fx.Node, known: Mapping[fx.Node, Terms]) -> Terms | None:
     if number is not None:
         try:
             return {ONE: _NUMBERS[node.target](number)}
-        except ValueError:  # the logarithm of a share that is zero
+        except (ValueError, OverflowError):  # the logarithm of a share that is zero
             return None
     if value is None or node.target in (torch.log1p, "log1p"):
         return None
@@ -196,7 +196,9 @@ def _distribution(node: fx.Node) -> Softmax | None:
     base = node.args[0] if node.args else node.kwargs.get("input")
     dim = loosely(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim"))
     rank = len(shape_of(node))
-    if not isinstance(base, fx.Node) or not isinstance(dim, int) or dim % rank != rank - 1:
+    if not isinstance(base, fx.Node) or not isinstance(dim, int) or not rank:
+        return None
+    if dim % rank != rank - 1:
         return None
     head, logits = _source(base)
     trained = bool(traced(base).requires_grad)
@@ -212,8 +214,9 @@ def _source(base: fx.Node) -> tuple[Head, Logits]:
     root = base
     while (before := _before(root)) is not None:
         root = before
-    found = follow(at_hand(root))[0].get(base)
-    if found is not None and _is_plain(found):
+    members, readers = follow(at_hand(root))
+    found = members.get(base)
+    if found is not None and _is_plain(found) and not any(map(overwrites, dict(readers))):
         return at_hand(root), found
     return at_hand(base), Logits(base)
 
@@ -225,7 +228,7 @@ def _is_plain(logits: Logits) -> bool:
 def _before(node: fx.Node) -> fx.Node | None:
     """The logits that a node changes by a number, a cast or their shape, into a new tensor."""
     tensors = [a for a in node.args[:2] if isinstance(a, fx.Node) and shape_of(a)]
-    if len(tensors) != 1 or writes(getattr(node.target, "__name__", str(node.target))):
+    if len(tensors) != 1 or overwrites(node):
         return None
     found = step(node, Logits(tensors[0]), at_hand(tensors[0]))
     moved = found is not None and found.path and shaped(node, Logits(tensors[0]), None) is None

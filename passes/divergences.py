@@ -16,7 +16,7 @@ from torch import fx
 
 from memopt.emit import shape_of, traced
 from memopt.passes.distributions import divergence_of, is_at_hand, understand
-from memopt.passes.heads import Head, memory, source_of, writes
+from memopt.passes.heads import Head, memory, overwrites, source_of
 from memopt.passes.logits import follow
 from memopt.passes.row_losses import arguments, find_loss
 from memopt.passes.row_sums import plain_sum, tail_of
@@ -232,8 +232,7 @@ def _overwritten(inside: frozenset[fx.Node]) -> str:
     held = {memory(node) for node in inside if isinstance(traced(node), torch.Tensor)}
     first = min(inside)
     for node in first.graph.nodes:
-        name = getattr(node.target, "__name__", str(node.target))
-        if node > first and writes(name) and held & set(map(memory, node.all_input_nodes)):
+        if node > first and overwrites(node) and held & set(map(memory, node.all_input_nodes)):
             return f"{node.name} overwrites values on the way"
     return ""
 

@@ -111,23 +111,28 @@ def unsafe(head: Head, last: fx.Node) -> str:
     if any(is_traceable_wrapper_subclass(traced(n)) for n in inputs):
         return "the head is distributed, or of another tensor subclass"
     nodes = list(head.node.graph.nodes)
-    names = [getattr(n.target, "__name__", str(n.target)) for n in nodes]
-    before = names[: nodes.index(head.node)]
+    before = [name_of(node) for node in nodes[: nodes.index(head.node)]]
     entered = sum(name.endswith("_increment_nesting") for name in before)
     if entered > sum(name.endswith("_decrement_nesting") for name in before):
         return "the head is inside a functorch transform"
     held = {memory(n) for n in inputs}
-    for node, name in zip(nodes, names, strict=True):
-        late = head.node < node < last and writes(name)
+    for node in nodes:
+        late = head.node < node < last and overwrites(node)
         if late and held & set(map(memory, node.all_input_nodes)):
             return f"{node.name} overwrites an input of the head before the loss"
     return ""
 
 
-def writes(name: str) -> bool:
-    """Whether an operator of this name overwrites an argument."""
+def overwrites(node: fx.Node) -> bool:
+    """Whether a node writes into one of its inputs."""
+    name = name_of(node)
     in_place = name.endswith("_") and not name.endswith("__")
     return in_place or name in ("setitem", "iadd", "isub", "imul", "itruediv")
+
+
+def name_of(node: fx.Node) -> str:
+    """The name of what a node calls."""
+    return getattr(node.target, "__name__", str(node.target))
 
 
 def memory(node: fx.Node) -> Any:

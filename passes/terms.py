@@ -48,6 +48,8 @@ Distribution = Union[Softmax, Mixture]  # noqa: UP007 (python 3.10 evaluates it)
 Monomial = tuple[Distribution | None, Distribution | None]
 Terms = Mapping[Monomial, float]
 
+_LARGEST = 700.0  # whose exponential is still a number
+
 ONE: Monomial = (None, None)
 
 
@@ -95,6 +97,8 @@ def divergence_terms(given: Terms, target: Terms, *, log_target: bool) -> Terms 
 
 def exponential(terms: Terms) -> Terms | None:
     """Of one log-probability, with a number beside it perhaps."""
+    if abs(terms.get(ONE, 0.0)) > _LARGEST:
+        return None
     shift = math.exp(terms.get(ONE, 0.0))
     rest = [(d, value) for (_, d), value in terms.items() if d]
     plain = all(p is None for p, _ in terms)

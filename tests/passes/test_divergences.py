@@ -388,6 +388,29 @@ def teacher_overwritten(i: Inputs) -> Tensor:
     return kl(i.student(), t, "sum") + hidden.sum()
 
 
+def logits_overwritten(i: Inputs) -> Tensor:
+    t = i.given * i.temperature
+    q = F.softmax(t, -1)
+    t.zero_()
+    return F.kl_div(log_p(i.student()), q, reduction="sum")
+
+
+def overwritten_before_and_after(i: Inputs) -> Tensor:
+    """What the softmax reads is a copy, made between two writes."""
+    t = i.given.float()
+    t.mul_(3.0)
+    loss = F.kl_div(log_p(i.student()), F.softmax(t.double(), -1), reduction="sum")
+    t.zero_()
+    return loss
+
+
+def product_overwritten(i: Inputs) -> Tensor:
+    with torch.no_grad():
+        t = F.linear(i.tx, i.tw)
+        t[..., 3] = -4.0
+    return F.kl_div(log_p(i.student()), F.softmax(t, -1), reduction="sum")
+
+
 def skewed(i: Inputs) -> Tensor:
     """Towards a mixture, one direction alone."""
     p, q = i.student().softmax(-1), i.teacher().softmax(-1)
@@ -414,6 +437,8 @@ DECLINED: dict[str, tuple[Function, str]] = {
     "probabilities overwritten": (teacher_edited, "overwrites values on the way"),
     "values overwritten through a view": (student_edited, "overwrites values on the way"),
     "teacher's hidden state overwritten": (teacher_overwritten, "overwrites an input"),
+    "logits at hand overwritten": (logits_overwritten, "overwrites an input"),
+    "teacher's product overwritten": (product_overwritten, "overwrites an input"),
     "an unknown divergence": (skewed, "no divergence that is known"),
     "a share that is a tensor": (
         lambda i: gkd_shared(i, i.temperature / 3),
@@ -448,6 +473,16 @@ def test_what_cannot_be_served_is_left_alone_with_the_reason(form: str) -> None:
     assert all(r.source for r in said)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e)
+
+
+def test_logits_at_hand_are_those_that_the_softmax_reads() -> None:
+    inputs = Inputs()
+    expected = run(overwritten_before_and_after, inputs)
+    function, records = compiled(overwritten_before_and_after)
+    actual = run(function, inputs)
+    assert records[0].rewrites["chunk_losses"] == 1
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
 
 
 def test_values_that_leave_the_graph_are_left_alone_with_the_reason() -> None:
