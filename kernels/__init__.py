@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 @functools.cache
 def scratch_table() -> Mapping[str, Callable[..., int]]:
     """What each operator allocates besides its results, in bytes, from its arguments."""
-    from memopt.kernels import contrastive, embedding_gradient, linear_cross_entropy
+    from memopt.kernels import contrastive, divergence, embedding_gradient, linear_cross_entropy
 
-    name = "memopt.linear_cross_entropy"
-    forms = (name, f"{name}_rows", f"{name}_rows_backward")
+    forms = ("", "_rows", "_rows_backward")
     return {
-        **dict.fromkeys(forms, linear_cross_entropy.scratch_bytes),
+        **{f"memopt.linear_cross_entropy{f}": linear_cross_entropy.scratch_bytes for f in forms},
+        **{f"memopt.linear_divergence{f}": divergence.scratch_bytes for f in forms},
         "memopt.contrastive": contrastive.scratch_bytes,
         "memopt.embedding_gradient": embedding_gradient.scratch_bytes,
     }
