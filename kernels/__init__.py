@@ -9,15 +9,24 @@ if __name__ != "memopt.kernels":
 import functools
 from collections.abc import Callable, Mapping
 
+_NAME = "memopt.linear_cross_entropy"
+_CROSS_ENTROPIES = (_NAME, f"{_NAME}_rows", f"{_NAME}_rows_backward")
+
 
 @functools.cache
 def scratch_table() -> Mapping[str, Callable[..., int]]:
     """What each operator allocates besides its results, in bytes, from its arguments."""
     from memopt.kernels import embedding_gradient, linear_cross_entropy
 
-    name = "memopt.linear_cross_entropy"
-    forms = (name, f"{name}_rows", f"{name}_rows_backward")
     return {
-        **dict.fromkeys(forms, linear_cross_entropy.scratch_bytes),
+        **dict.fromkeys(_CROSS_ENTROPIES, linear_cross_entropy.scratch_bytes),
         "memopt.embedding_gradient": embedding_gradient.scratch_bytes,
     }
+
+
+@functools.cache
+def cut_table() -> Mapping[str, Callable[..., bool]]:
+    """Which operators take 0 for ``chunk_rows``, no logits in memory, and with which arguments."""
+    from memopt.kernels import linear_cross_entropy
+
+    return dict.fromkeys(_CROSS_ENTROPIES, linear_cross_entropy.can_be_cut)

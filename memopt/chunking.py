@@ -2,15 +2,17 @@
 
 Operators start with enough rows that their products run at full speed. Where a plan does not fit
 and such an operator holds the peak, its chunks are halved and the graph is planned again, down to
-a size below which nothing is gained.
+a size below which nothing is gained. An operator that can do without logits in memory does so
+after that: its ``chunk_rows`` is then 0.
 """
 
 from collections.abc import Mapping
 
 from torch import fx
 
-from memopt._torch import OpOverload
+from memopt._torch import OpOverload, pytree
 from memopt.joint import JointGraph
+from memopt.kernels import cut_table
 from memopt.problem import Candidate
 
 LEAST_ROWS = 16
@@ -28,12 +30,24 @@ def halve_chunks(joint: JointGraph, candidate: Candidate) -> bool:
     if place is None:
         return False
     rows = node.args[place]
-    if not isinstance(rows, int) or rows <= LEAST_ROWS:
+    if not isinstance(rows, int) or rows == 0:
         return False
+    if rows <= LEAST_ROWS:
+        cut = _can_be_cut(node)
+        if cut:
+            node.update_arg(place, 0)
+        return cut
     shape = joint.nodes[joint.inputs[at][0]].meta["val"].shape
     seen = shape[0] if isinstance(shape[0], int) else rows
     node.update_arg(place, max(LEAST_ROWS, min(rows, seen) // 2))
     return True
+
+
+def _can_be_cut(node: fx.Node) -> bool:
+    """Whether an operator can do without logits in memory."""
+    can = cut_table().get(str(node.target.overloadpacket))  # type: ignore[union-attr]
+    args = pytree.tree_map_only(fx.Node, lambda n: n.meta.get("val"), node.args)
+    return can is not None and can(*args)
 
 
 def chunk_rows(joint: JointGraph) -> dict[str, int]:
