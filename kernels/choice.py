@@ -24,6 +24,7 @@ from memopt.kernels.linear_cross_entropy import REDUCED
 log = logging.getLogger(__name__)
 
 _RUNS = 3
+_FIELDS = ("chunked_seconds", "cut_seconds")
 
 
 @dataclass(frozen=True)
@@ -83,21 +84,25 @@ def fastest_chunk_rows(size: Size, timer: Callable[[Size, int], float] = seconds
     known = _recall(path)
     if known is None:
         try:
-            known = {str(rows): timer(size, rows) for rows in (usual, 0)}
+            known = timer(size, usual), timer(size, 0)
         except torch.OutOfMemoryError:
             return usual
-        log.debug("seconds by rows of a chunk: %s for %s", known, size)
+        log.debug("seconds by chunks and without: %s for %s", known, size)
         if not inductor_config.force_disable_caches:
-            write_atomic(str(path), json.dumps(known), make_dirs=True)
-    return 0 if known["0"] < known[str(usual)] else usual
+            body = dict(zip(_FIELDS, known, strict=True))
+            write_atomic(str(path), json.dumps(body), make_dirs=True)
+    chunked, cut = known
+    return 0 if cut < chunked else usual
 
 
-def _recall(path: Path) -> dict[str, float] | None:
+def _recall(path: Path) -> tuple[float, float] | None:
     """What an earlier process measured, if the file can be read."""
     try:
-        return {str(rows): float(time) for rows, time in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        body = json.loads(path.read_text(encoding="utf-8"))
+        chunked, cut = (float(body[name]) for name in _FIELDS)
+    except (OSError, ValueError, TypeError, LookupError):
         return None
+    return chunked, cut
 
 
 def _path(size: Size, usual: int) -> Path:

@@ -144,6 +144,9 @@ class Problem:
 def losses(p: Problem) -> tuple[Tensor, Tensor]:
     """Loss and log-sum-exp of every row, `(N,)` each, float32."""
     rows, classes = len(p.x_NH), len(p.weight_VH)
+    if rows == 0:
+        nothing = p.x_NH.new_empty(0, dtype=torch.float32)
+        return nothing, nothing.clone()
     parts, tiles = triton.cdiv(classes, PART), triton.cdiv(rows, p.tiles.rows)
     values, whole, picked = (p.x_NH.new_empty(rows, dtype=torch.float32) for _ in range(3))
     lse = p.x_NH.new_empty(parts, rows, dtype=torch.float32)
@@ -236,8 +239,8 @@ def add_product(f: Factors, sums: Tensor | None, result: Tensor, first: bool, la
     kernels.product_kernel[triton.cdiv(rows, tile[0]), triton.cdiv(width, tile[1])](
         f.block, f.operand, wide, result, f.alive, rows, len(f.operand), width,
         *f.block.stride(), *f.operand.stride(), wide.stride(0), result.stride(0), *notes,
-        int(first), int(last), SKIPS=f.alive is not None, ROWS=tile[0], COLUMNS=tile[1],
-        **f.tiles.options,
+        0 if first else rows, 0 if last else rows, SKIPS=f.alive is not None,
+        ROWS=tile[0], COLUMNS=tile[1], **f.tiles.options,
     )  # fmt: skip
 
 
@@ -252,6 +255,6 @@ def add_columns(tiles: Tiles, block: Tensor, rows: int, sums: Tensor, *, first: 
         first: whether there is nothing to add to.
     """
     kernels.columns_kernel[(triton.cdiv(len(sums), tiles.columns),)](
-        block, sums, rows, len(sums), block.stride(0), int(first), ROWS=tiles.step,
+        block, sums, rows, len(sums), block.stride(0), 0 if first else len(sums), ROWS=tiles.step,
         CLASSES=tiles.columns, num_warps=4,
     )  # fmt: skip

@@ -194,23 +194,25 @@ def gradient_kernel(
     tl.store(block + at, gradient.to(block.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["first", "last"])
+@triton.jit(do_not_specialize=["old", "kept"])
 def product_kernel(
     block, operand, wide, result, alive, M, K, H, block_row, block_col, o_row, o_col,
-    wide_row, result_row, alive_row, alive_col, first, last,
+    wide_row, result_row, alive_row, alive_col, old, kept,
     SKIPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``wide (+)= block @ operand``, in float32; where it is the ``last``, into ``result``.
+    """``wide += block @ operand`` in float32, and in the end into ``result``.
 
-    ``block`` is `(M, K)`, of either order and padded with zeros, ``operand`` `(K, H)`.
+    ``block`` is `(M, K)`, of either order and padded with zeros, ``operand`` `(K, H)`. Of the rows
+    of ``wide`` ``old``, all or none, hold a sum already, and ``kept``, all or none, take this one;
+    otherwise ``result`` does.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inner = tl.arange(0, STEP)
     at = rows.to(tl.int64)[:, None] * wide_row + columns[None, :]
-    here = (rows < M)[:, None] & (columns < H)[None, :]
-    total = tl.load(wide + at, mask=here & (first == 0), other=0.0)
+    inside = (columns < H)[None, :]
+    total = tl.load(wide + at, mask=(rows < old)[:, None] & inside, other=0.0)
     block_at = block + rows.to(tl.int64)[:, None] * block_row
     operand_at = operand + tl.minimum(columns, H - 1).to(tl.int64)[None, :] * o_col
     if SKIPS:  # the block's tiles are as large as those of this product
@@ -228,22 +230,21 @@ def product_kernel(
             left = tl.load(block_at + k[None, :] * block_col)
             right = tl.load(operand_at + tl.minimum(k, K - 1)[:, None] * o_row)
             total = tl.dot(left, right, total, input_precision=PRECISION)
-    tl.store(wide + at, total, mask=here & (last == 0))
+    tl.store(wide + at, total, mask=(rows < kept)[:, None] & inside)
     at = rows.to(tl.int64)[:, None] * result_row + columns[None, :]
-    tl.store(result + at, total.to(result.dtype.element_ty), mask=here & (last != 0))
+    tl.store(
+        result + at, total.to(result.dtype.element_ty), mask=(rows < M - kept)[:, None] & inside
+    )
 
 
-@triton.jit(do_not_specialize=["first"])
-def columns_kernel(
-    block, sums, height, V, stride, first, ROWS: tl.constexpr, CLASSES: tl.constexpr
-):
-    """``sums (+)=`` the sum of each of the block's first ``V`` columns."""
+@triton.jit(do_not_specialize=["old"])
+def columns_kernel(block, sums, height, V, stride, old, ROWS: tl.constexpr, CLASSES: tl.constexpr):
+    """``sums +=`` those of the block's ``V`` columns; ``old``, all or none, hold some already."""
     classes = tl.program_id(0) * CLASSES + tl.arange(0, CLASSES)
-    inside = classes < V
     total = tl.zeros((CLASSES,), tl.float32)
     for start in range(0, height, ROWS):
         rows = (start + tl.arange(0, ROWS)).to(tl.int64)
         at = block + rows[:, None] * stride + classes[None, :]
         total += tl.sum(tl.load(at).to(tl.float32), 0)
-    total += tl.load(sums + classes, mask=inside & (first == 0), other=0.0)
-    tl.store(sums + classes, total, mask=inside)
+    total += tl.load(sums + classes, mask=classes < old, other=0.0)
+    tl.store(sums + classes, total, mask=classes < V)
