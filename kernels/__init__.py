@@ -9,16 +9,27 @@ if __name__ != "memopt.kernels":
 import functools
 from collections.abc import Callable, Mapping
 
+_FORMS = ("", "_rows", "_rows_backward")
+_CROSS_ENTROPIES = [f"memopt.linear_cross_entropy{form}" for form in _FORMS]
+_DIVERGENCES = [f"memopt.linear_divergence{form}" for form in _FORMS]
+
 
 @functools.cache
 def scratch_table() -> Mapping[str, Callable[..., int]]:
     """What each operator allocates besides its results, in bytes, from its arguments."""
     from memopt.kernels import contrastive, divergence, embedding_gradient, linear_cross_entropy
 
-    forms = ("", "_rows", "_rows_backward")
     return {
-        **{f"memopt.linear_cross_entropy{f}": linear_cross_entropy.scratch_bytes for f in forms},
-        **{f"memopt.linear_divergence{f}": divergence.scratch_bytes for f in forms},
+        **dict.fromkeys(_CROSS_ENTROPIES, linear_cross_entropy.scratch_bytes),
+        **dict.fromkeys(_DIVERGENCES, divergence.scratch_bytes),
         "memopt.contrastive": contrastive.scratch_bytes,
         "memopt.embedding_gradient": embedding_gradient.scratch_bytes,
     }
+
+
+@functools.cache
+def cut_table() -> Mapping[str, Callable[..., bool]]:
+    """Which operators take 0 for ``chunk_rows``, no logits in memory, and with which arguments."""
+    from memopt.kernels import linear_cross_entropy
+
+    return dict.fromkeys(_CROSS_ENTROPIES, linear_cross_entropy.can_be_cut)

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from memopt._torch import size_hint
-from memopt.kernels import forward_gradients
+from memopt.errors import ConfigError
+from memopt.kernels import cut_cross_entropy, forward_gradients
 from memopt.kernels.forward_gradients import refuse_double_backward
 from memopt.kernels.head import HALF_UNIT, Head, has_row_kernel, run_chunks
 from memopt.kernels.head import scratch_bytes as head_scratch_bytes
-from memopt.kernels.rows import IndexTargets, RowLoss, SoftTargets
+from memopt.kernels.rows import IndexTargets, SoftTargets
 
 Three = tuple[Tensor, Tensor, Tensor]
 
@@ -42,7 +43,8 @@ class Arguments(NamedTuple):
         label_smoothing: in ``[0, 1]``.
         scale: factor on the product.
         softcap: bound on the logits by a hyperbolic tangent; 0 for none.
-        chunk_rows: rows whose logits exist at a time.
+        chunk_rows: rows whose logits exist at a time; 0 for none at all, where
+            ``cut_cross_entropy.serves`` says that this can be.
         wanted: whether the gradients of ``x``, ``weight`` and ``bias`` are.
     """
 
@@ -180,7 +182,7 @@ class _Work:
     """
 
     head: Head
-    loss: RowLoss
+    loss: IndexTargets | SoftTargets
     counted_N: Tensor
     total: Tensor
     rows: Tensor | None = None
@@ -188,6 +190,12 @@ class _Work:
     @classmethod
     def of(cls, a: Arguments, *, compact: bool = True) -> "_Work":
         """Prepare the targets; where the host may look at them, leave ignored rows out."""
+        if a.chunk_rows == 0 and not cut_cross_entropy.serves(a):
+            raise ConfigError(
+                f"chunk_rows=0 with {a.x.dtype} on {a.x.device} and targets of {a.target.dtype}: "
+                "allowed is float32, bfloat16 or float16 on a GPU with Triton, and int64 classes; "
+                "give a number of rows"
+            )
         head = Head(a.x, a.weight, a.bias, a.scale, a.softcap)
         class_weight = None if a.class_weight is None else a.class_weight.to(a.wide)
         if a.target.is_floating_point():
@@ -198,7 +206,7 @@ class _Work:
         rows = None
         if a.target.device.type == "cpu":
             _check_targets(a.target, valid, len(a.weight))
-            if compact and not bool(valid.all()):
+            if compact and a.chunk_rows and not bool(valid.all()):
                 rows = valid.nonzero()[:, 0]
         target = torch.where(valid, a.target, 0)
         counted = valid.to(a.wide)
@@ -214,9 +222,13 @@ class _Work:
         h_N: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Three]:
         """Values, log-sum-exps and gradients; 0 for rows that do not count."""
-        values, lse, gradients = run_chunks(
-            self.head, self.loss, chunk_rows, wanted, g_N, h_N, self.rows
-        )
+        if chunk_rows == 0:
+            assert isinstance(self.loss, IndexTargets)
+            values, lse, gradients = cut_cross_entropy.run(self.head, self.loss, wanted, g_N, h_N)
+        else:
+            values, lse, gradients = run_chunks(
+                self.head, self.loss, chunk_rows, wanted, g_N, h_N, self.rows
+            )
         return torch.where(self.counted_N > 0, values, 0.0), lse, gradients
 
 
@@ -245,6 +257,15 @@ def _fake_gradients(a: Arguments) -> Three:
     )
 
 
+def can_be_cut(*args: Any) -> bool:
+    """Whether an operator of this file can do without logits in memory: ``chunk_rows`` of 0.
+
+    Args:
+        *args: its arguments, fake or real.
+    """
+    return cut_cross_entropy.serves(Arguments(*args[: len(Arguments._fields)]))
+
+
 def scratch_bytes(*args: Any) -> int:
     """What any of the operators of this file allocates besides its results, in bytes.
 
@@ -255,6 +276,12 @@ def scratch_bytes(*args: Any) -> int:
     trained = any(a.wanted) and len(args) > len(a)  # the rows' forward makes no gradients
     rows, width = (size_hint(d) for d in a.x.shape)
     classes, itemsize = size_hint(a.weight.shape[0]), a.x.element_size()
+    if a.chunk_rows == 0:
+        wanted = a.wanted if trained else (False, False, False)
+        values = 8 if len(args) > len(a) else 0  # and log-sum-exps: results of the rows' forward
+        return rows * (12 + 4 * trained + values) + cut_cross_entropy.scratch_bytes(
+            rows, width, classes, a.x.dtype, wanted, smoothed=a.label_smoothing > 0
+        )
     soft = a.target.is_floating_point()
     apart = int(trained and a.softcap != 0.0)
     blocks = (a.x.dtype != a.wide) + apart

@@ -2,15 +2,18 @@
 
 Operators start with enough rows that their products run at full speed. Where a plan does not fit
 and such an operator holds the peak, its chunks are halved and the graph is planned again, down to
-a size below which nothing is gained. Where a plan leaves room they are doubled, up to all rows.
+a size below which nothing is gained. An operator that can do without logits in memory does so
+after that: its ``chunk_rows`` is then 0. Where a plan leaves room chunks are doubled, up to all
+rows.
 """
 
 from collections.abc import Callable, Mapping
 
 from torch import fx
 
-from memopt._torch import OpOverload, size_hint
+from memopt._torch import OpOverload, pytree, size_hint
 from memopt.joint import JointGraph
+from memopt.kernels import cut_table
 from memopt.problem import Candidate
 
 LEAST_ROWS = 16
@@ -28,8 +31,13 @@ def halve_chunks(joint: JointGraph, candidate: Candidate) -> bool:
     if place is None:
         return False
     rows = node.args[place]
-    if not isinstance(rows, int) or rows <= LEAST_ROWS:
+    if not isinstance(rows, int) or rows == 0:
         return False
+    if rows <= LEAST_ROWS:
+        cut = _can_be_cut(node)
+        if cut:
+            node.update_arg(place, 0)
+        return cut
     node.update_arg(place, max(LEAST_ROWS, min(rows, _all_rows(node)) // 2))
     return True
 
@@ -56,6 +64,13 @@ def _all_rows(node: fx.Node) -> int:
     """Rows of a chunked operator's first input, as many as tracing saw."""
     rows: int = size_hint(node.all_input_nodes[0].meta["val"].shape[0])
     return rows
+
+
+def _can_be_cut(node: fx.Node) -> bool:
+    """Whether an operator can do without logits in memory."""
+    can = cut_table().get(str(node.target.overloadpacket))  # type: ignore[union-attr]
+    args = pytree.tree_map_only(fx.Node, lambda n: n.meta.get("val"), node.args)
+    return can is not None and can(*args)
 
 
 def chunk_rows(joint: JointGraph) -> dict[str, int]:

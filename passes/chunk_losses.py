@@ -93,7 +93,7 @@ class ChunkLosses:
         logits: what becomes of logits that the graph returns: ``"lazy"`` computes them when they
             are used, ``"none"`` returns None, ``"keep"`` computes them once, without gradient,
             ``"full"`` leaves such graphs alone.
-        chunk_rows: rows whose logits exist at a time; 0 to choose.
+        chunk_rows: rows whose logits exist at a time; 0 to choose, on a GPU by measurement.
     """
 
     logits: str = "lazy"
@@ -172,8 +172,10 @@ class ChunkLosses:
         for node in reversed([n for n in graph.nodes if n in dead]):
             if not node.users:  # in-place ones too, which count as impure elsewhere
                 graph.erase_node(node)
-        text = f"{len(served)} reader{'s' * (len(served) > 1)} of the logits by chunks of "
-        text += f"{operators[head].chunk_rows} rows; {head.classes} classes each"
+        rows = operators[head].chunk_rows
+        text = f"{len(served)} reader{'s' * (len(served) > 1)} of the logits "
+        text += f"by chunks of {rows} rows" if rows else "by tiles"
+        text += f"; {head.classes} classes each"
         if readers.returned:
             text += f"; returned logits: {self.logits}"
         for stays in filter(None, whole.values()):

@@ -10,8 +10,10 @@ from torch import fx
 
 from memopt._torch import size_hint
 from memopt.emit import emit, extent, shape_of, traced
-from memopt.kernels.head import default_chunk_rows
+from memopt.kernels.choice import Size, fastest_chunk_rows
+from memopt.kernels.head import default_chunk_rows, has_row_kernel
 from memopt.kernels.linear_cross_entropy import REDUCED, ROWS
+from memopt.kernels.rows import IndexTargets
 from memopt.passes.heads import Head
 from memopt.passes.logits import Logits, rows_of
 from memopt.passes.row_losses import Loss
@@ -23,9 +25,8 @@ class RowOperators:
     def __init__(self, graph: fx.Graph, head: Head, chunk_rows: int) -> None:
         self.graph, self.head = graph, head
         self.rows: dict[Any, fx.Node] = {}
-        device = traced(head.node).device
-        rows = math.prod(size_hint(size) for size in shape_of(head.node)[:-1])
-        self.chunk_rows = chunk_rows or default_chunk_rows(rows, size_hint(head.classes), device)
+        self._asked = chunk_rows
+        self.chunk_rows = chunk_rows or self._default()
         self._shared: dict[Any, fx.Node] = {}
         self.like = head.node
 
@@ -36,8 +37,27 @@ class RowOperators:
             losses: the losses.
             alone: whether nothing else reads the logits than one loss.
         """
+        if not self._asked:
+            self.chunk_rows = self._fastest(losses)
         for loss in losses:
             self._replace(loss, losses, alone=alone)
+
+    def _default(self) -> int:
+        z = traced(self.head.node)
+        return default_chunk_rows(self._rows_of_head(), size_hint(self.head.classes), z.device)
+
+    def _rows_of_head(self) -> int:
+        return math.prod(size_hint(size) for size in shape_of(self.head.node)[:-1])
+
+    def _fastest(self, losses: list[Loss]) -> int:
+        """Rows of a chunk, or 0 where it is faster to have no logits in memory at all."""
+        z, head = traced(self.head.node), self.head
+        targets = [traced(loss.target) for loss in losses if loss.target is not None]
+        soft = any(target.is_floating_point() for target in targets)
+        if soft or not has_row_kernel(IndexTargets, z):
+            return self._default()
+        width, classes = size_hint(shape_of(head.hidden)[-1]), size_hint(head.classes)
+        return fastest_chunk_rows(Size(self._rows_of_head(), width, classes, z.dtype, z.device))
 
     def _replace(self, loss: Loss, losses: list[Loss], *, alone: bool) -> None:
         node = loss.node

@@ -1,6 +1,7 @@
 """Chunks get smaller where the budget asks for it, and stay as they are where it does not."""
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 
 import memopt
 from bench.meter import Meter
+from memopt.kernels import cut_cross_entropy, cut_table
 from memopt.losses import linear_cross_entropy
 from tests.graphs import lowered
+from tests.idle_kernels import IdleKernels
 
 CLASSES, WIDTH, TOKENS = 6000, 8, 256
 
@@ -18,22 +21,25 @@ CLASSES, WIDTH, TOKENS = 6000, 8, 256
 class Head(nn.Module):
     """Little but a head: its loss holds the peak."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
-        self.head = nn.Linear(WIDTH, CLASSES, bias=False)
+        self.head = nn.Linear(width, CLASSES, bias=False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(self.head(x), y)
 
 
-def made() -> tuple[Head, Tensor, Tensor]:
+def made(
+    tokens: int = TOKENS, width: int = WIDTH, dtype: torch.dtype = torch.float32
+) -> tuple[Head, Tensor, Tensor]:
     torch.manual_seed(0)
-    return Head(), torch.randn(TOKENS, WIDTH), torch.randint(0, CLASSES, (TOKENS,))
+    x = torch.randn(tokens, width, dtype=dtype)
+    return Head(width).to(dtype), x, torch.randint(0, CLASSES, (tokens,))
 
 
-def peak(budget: Any) -> int:
+def peak(budget: Any, *head: Any) -> int:
     """Measured peak of one step."""
-    model, x, y = made()
+    model, x, y = made(*head)
     options = {"memory_budget": budget, "lowering": "eager"}
     compiled = torch.compile(model, backend="memopt", options=options)
     compiled(x, y).backward()
@@ -76,3 +82,25 @@ def test_room_in_the_budget_makes_fewer_chunks_where_products_gain_from_it(
     (outcome,) = captured.splits[0].outcomes
     assert list(outcome.plan.chunk_rows.values()) == [expected]
     assert outcome.limit_bytes is None or outcome.chosen.peak_bytes <= outcome.limit_bytes
+
+
+def test_below_the_smallest_chunk_there_are_no_logits_where_the_operator_can_do_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    from memopt.kernels import cut_launches
+
+    monkeypatch.setattr(cut_launches, "kernels", IdleKernels())
+    head = 4096, 256, torch.bfloat16
+    by_chunks = peak("min", *head)
+    torch._dynamo.reset()
+    run = Mock(side_effect=cut_cross_entropy.run)
+    monkeypatch.setattr(cut_cross_entropy, "serves", lambda arguments: True)
+    monkeypatch.setattr(cut_cross_entropy, "run", run)
+    assert peak("min", *head) < by_chunks
+    assert run.called
+
+
+def test_only_cross_entropies_can_do_without_logits() -> None:
+    names = {"", "_rows", "_rows_backward"}
+    assert set(cut_table()) == {f"memopt.linear_cross_entropy{name}" for name in names}
