@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from bench.libraries import LIBRARIES
+
 
 @dataclass(frozen=True, slots=True)
 class PeakOf:
@@ -27,7 +29,7 @@ class Peer:
         activation_budget: functorch's ``activation_memory_budget``, a share of saved bytes.
         memory_budget: memopt's option of that name; a `PeakOf` is turned into bytes.
         auto_chunker: whether Inductor's own chunking of losses is on.
-        torch_head: whether head and loss are torch's ``F.linear_cross_entropy``.
+        library: whose linear layer and cross-entropy in one are the head and loss, if any.
     """
 
     name: str
@@ -36,7 +38,15 @@ class Peer:
     activation_budget: float | None = None
     memory_budget: Budget = None
     auto_chunker: bool = False
-    torch_head: bool = False
+    library: str | None = None
+
+    def unavailable(self, device: str) -> str | None:
+        """Why it cannot run on this kind of device here, or None if it can."""
+        return None if self.library is None else LIBRARIES[self.library].unavailable(device)
+
+    def is_timed_on(self, device: str) -> bool:
+        """Whether its times mean anything there."""
+        return self.library is None or device not in LIBRARIES[self.library].interpreted_on
 
 
 PEERS: Mapping[str, Peer] = {
@@ -51,7 +61,9 @@ PEERS: Mapping[str, Peer] = {
         Peer(name="inductor 0.1", compiler="inductor", activation_budget=0.1),
         Peer(name="inductor 0", compiler="inductor", activation_budget=0.0),
         Peer(name="inductor auto-chunker", compiler="inductor", auto_chunker=True),
-        Peer(name="inductor linear_cross_entropy", compiler="inductor", torch_head=True),
+        Peer(name="inductor linear_cross_entropy", compiler="inductor", library="torch"),
+        Peer(name="inductor+liger", compiler="inductor", library="liger"),
+        Peer(name="inductor+cut_cross_entropy", compiler="inductor", library="cut"),
         Peer(name="memopt", compiler="memopt"),
         Peer(name="memopt 0.5", compiler="memopt", memory_budget=0.5),
         Peer(name="memopt min", compiler="memopt", memory_budget="min"),
@@ -75,9 +87,9 @@ PEERS: Mapping[str, Peer] = {
 
 HEADS = (
     "eager", "inductor", "inductor auto-chunker", "inductor linear_cross_entropy",
-    "memopt", "memopt min",
+    "inductor+liger", "inductor+cut_cross_entropy", "memopt", "memopt min",
 )  # fmt: skip
-ALL = tuple(name for name, peer in PEERS.items() if not peer.auto_chunker and not peer.torch_head)
+ALL = tuple(name for name, peer in PEERS.items() if not peer.auto_chunker and not peer.library)
 CORE = (
     "eager", "inductor", "inductor+checkpoint",
     "memopt", "memopt min", "memopt @ half of inductor",

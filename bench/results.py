@@ -21,6 +21,7 @@ SCHEMA_VERSION = 1
 HEADER_KEYS = frozenset(
     {"schema_version", "commit", "versions", "device", "seed", "date", "command", "rows"}
 )
+_VERSIONED = ("memopt", "torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy")
 
 
 @dataclass(kw_only=True)
@@ -29,13 +30,15 @@ class Row:
 
     Attributes:
         status: ``"ok"``, ``"failed"``, ``"infeasible"`` (memopt finds no plan that fits) or
-            ``"skipped"`` (a peer it needs has no figures); ``error`` says why.
+            ``"skipped"`` (a peer it needs has no figures, or its library cannot run here);
+            ``error`` says why.
         peak_bytes: highest allocator bytes of one training step above its start.
         end_bytes: the same when the step has ended.
         reserved_bytes: what CUDA's allocator held at most, in all.
         gradient_bytes: bytes of the parameters' gradients, which the peak includes.
         predicted_peak_bytes: the peak that memopt predicts, outputs held; None for other peers.
-        step_seconds: median over rounds; ``cpu_seconds`` likewise, of the process.
+        step_seconds: median over rounds; ``cpu_seconds`` likewise, of the process. None where
+            kernels are interpreted.
         first_step_seconds: first step with empty caches; compilation is the bulk of it.
         gradient_error: see `bench.worker.relative_error`; against the peer ``reference``.
     """
@@ -79,7 +82,7 @@ def header(seed: int, device: str) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "commit": _commit(),
         "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in ("memopt", "torch", "triton", "transformers")},
+        | {name: _version(name) for name in _VERSIONED},
         "device": {
             "type": device,
             "name": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),

@@ -1,6 +1,7 @@
 """Run cases: every peer of a case measured side by side, in turn, in one run."""
 
 import multiprocessing
+import random
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from bench.worker import Job, Prepared, serve
 
 Say = Callable[[str], None]
 MIB = 2**20
-ROUND_SECONDS = 0.3
+ROUND_SECONDS = 1.0
 
 
 class WorkerError(RuntimeError):
@@ -114,6 +115,9 @@ def _prepare(
 ) -> None:
     """Start the peer's worker and fill the row with what its first steps showed."""
     peaks = {name: r.peak_bytes for name, r in rows.items() if r.peak_bytes is not None}
+    if (reason := peer.unavailable(row.device)) is not None:
+        row.status, row.error = "skipped", reason
+        return
     reference_peer = "inductor" if row.case.has_dropout else "eager"
     try:
         row.memory_budget = resolve_budget(peer, peaks)
@@ -139,14 +143,19 @@ def _prepare(
         workers.pop(peer.name).close()
         return
     row.take(prepared, reference_peer)
+    if prepared.step_seconds is None:
+        row.first_step_seconds = None
 
 
 def _time(rows: dict[str, Row], workers: dict[str, Worker], repeats: int, say: Say) -> None:
-    """Fill the rows' times: ``repeats`` rounds, the order turned by one place each round."""
-    names = list(workers)
+    """Fill the rows' times: ``repeats`` rounds, each in an order of its own.
+
+    A peer is not always timed after the same other, which may leave caches and clocks worse off.
+    """
+    names = [name for name in workers if rows[name].step_seconds is not None]
     cpu_seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(repeats):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+    for turn in range(repeats if names else 0):
+        for name in random.Random(turn).sample(names, len(names)):
             row = rows[name]
             assert row.step_seconds is not None
             steps = max(1, min(20, round(ROUND_SECONDS / max(row.step_seconds, 1e-4))))
@@ -160,10 +169,11 @@ def _time(rows: dict[str, Row], workers: dict[str, Worker], repeats: int, say: S
 
 
 def _one_line(row: Row) -> str:
-    if row.peak_bytes is None or row.first_step_seconds is None:
+    if row.peak_bytes is None:
         return f"{row.peer} {row.status}: {row.error}"
-    error = "" if row.gradient_error is None else f", gradient error {row.gradient_error:.1e}"
+    first, error = row.first_step_seconds, row.gradient_error
     return (
-        f"{row.peer}: peak {row.peak_bytes / MIB:.1f} MiB, "
-        f"first step {row.first_step_seconds:.1f} s{error}"
+        f"{row.peer}: peak {row.peak_bytes / MIB:.1f} MiB"
+        f"{'' if first is None else f', first step {first:.1f} s'}"
+        f"{'' if error is None else f', gradient error {error:.1e}'}"
     )

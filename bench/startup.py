@@ -66,7 +66,7 @@ def _child(peer_name: str, device: str, layers: int) -> None:
     inputs = {name: value.to(device) for name, value in inputs.items()}
     peer = TABLE[peer_name]
     start = time.perf_counter()
-    model = compile_for(peer, module, resolve_budget(peer, {}))
+    model = compile_for(peer, module, resolve_budget(peer, {}), device)
     step(model, inputs)
     if device == "cuda":
         torch.cuda.synchronize()

@@ -4,6 +4,7 @@ Compilers keep caches and settings per process, so each peer lives alone; the ru
 processes in turn, which keeps their times comparable.
 """
 
+import gc
 import os
 import time
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 
 import memopt
 from bench.cases import Case
+from bench.libraries import LIBRARIES, Library
 from bench.meter import Meter
 from bench.peers import Peer
-from bench.zoo import MODELS, LossOnly, TorchHead, checkpoint_blocks, step
+from bench.zoo import MODELS, FusedHead, LossOnly, checkpoint_blocks, step
 
 Gradients = dict[str, Tensor]
 
@@ -52,7 +54,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """What the first steps of a peer showed; bytes are above what was resident before the step."""
+    """What the first steps of a peer showed; bytes are above what was resident before the step.
+
+    There are no ``step_seconds`` where kernels are interpreted.
+    """
 
     peak_bytes: int
     end_bytes: int
@@ -60,12 +65,14 @@ class Prepared:
     gradient_bytes: int
     predicted_peak_bytes: int | None
     first_step_seconds: float
-    step_seconds: float
+    step_seconds: float | None
     loss: float
     gradient_error: float | None
 
 
-def compile_for(peer: Peer, module: nn.Module, budget: int | float | str | None) -> Any:
+def compile_for(
+    peer: Peer, module: nn.Module, budget: int | float | str | None, device: str
+) -> Any:
     """The module as this peer runs it."""
     if peer.checkpoint:
         checkpoint_blocks(module.model if isinstance(module, LossOnly) else module)
@@ -75,9 +82,18 @@ def compile_for(peer: Peer, module: nn.Module, budget: int | float | str | None)
         return module
     if peer.compiler == "inductor":
         torch._inductor.config.auto_chunker.enable = peer.auto_chunker
-        return torch.compile(TorchHead(module) if peer.torch_head else module)
+        if peer.library is None:
+            return torch.compile(module)
+        return _with_library(LIBRARIES[peer.library], module, device)
     options: dict[str, Any] = {"memory_budget": budget}
     return torch.compile(module, backend="memopt", options=options)
+
+
+def _with_library(library: Library, module: Any, device: str) -> nn.Module:
+    """The module with the library's head; compiled whole, or but for that head."""
+    fused = FusedHead(module, library.loss(device))
+    (fused if library.traced else module.model).compile()
+    return fused
 
 
 def relative_error(actual: Gradients, expected: Gradients) -> float:
@@ -107,7 +123,7 @@ class Session:
         )
         if case.outputs == "loss":
             self.module = LossOnly(self.module)
-        self.model = compile_for(job.peer, self.module, job.memory_budget)
+        self.model = compile_for(job.peer, self.module, job.memory_budget, job.device)
 
     def _step(self) -> Tensor:
         torch.manual_seed(self.job.seed)
@@ -137,7 +153,8 @@ class Session:
 
             shutdown_compile_workers()
         gradient_error = self._compare_gradients()
-        step_seconds, _ = self._timed_step()
+        timed = self.job.peer.is_timed_on(self.job.device)
+        step_seconds = self._timed_step()[0] if timed else None
         self.module.zero_grad(set_to_none=True)
         with Meter(self.job.device) as meter:
             self._step()
@@ -177,7 +194,12 @@ class Session:
     def time(self, steps: int) -> list[tuple[float, float]]:
         """Wall-clock and process seconds of each of ``steps`` steps, after one to warm up."""
         self._timed_step()
-        return [self._timed_step() for _ in range(steps)]
+        gc.collect()
+        gc.disable()  # what was compiled before must not decide when a collection falls due
+        try:
+            return [self._timed_step() for _ in range(steps)]
+        finally:
+            gc.enable()
 
 
 def serve(connection: Connection, job: Job) -> None:

@@ -16,10 +16,11 @@ _CROSS_ENTROPIES = (_NAME, f"{_NAME}_rows", f"{_NAME}_rows_backward")
 @functools.cache
 def scratch_table() -> Mapping[str, Callable[..., int]]:
     """What each operator allocates besides its results, in bytes, from its arguments."""
-    from memopt.kernels import embedding_gradient, linear_cross_entropy
+    from memopt.kernels import contrastive, embedding_gradient, linear_cross_entropy
 
     return {
         **dict.fromkeys(_CROSS_ENTROPIES, linear_cross_entropy.scratch_bytes),
+        "memopt.contrastive": contrastive.scratch_bytes,
         "memopt.embedding_gradient": embedding_gradient.scratch_bytes,
     }
 

@@ -1,10 +1,10 @@
 """Contrastive loss by chunks of rows: the matrix of similarities never exists.
 
 Row ``i`` of ``x`` and row ``i`` of ``y`` are a pair, every other row of ``y`` is a negative: the
-loss is the cross-entropy of ``scale * x @ y.T`` against its diagonal. In one direction (InfoNCE,
-SimCLR) a chunk's softmax is its gradient, and the loss costs its three products. In both (CLIP)
-the gradient needs the log-sum-exp of every column beforehand, which a first pass collects: a
-fourth product. Memory grows with ``N``, not with its square.
+loss is the cross-entropy of ``scale * x @ y.T`` against its diagonal. In one direction (InfoNCE)
+a chunk's softmax is its gradient, and the loss costs its three products. In both (CLIP) the
+gradient needs the log-sum-exp of every column beforehand, which a first pass collects: a fourth
+product. Memory grows with ``N``, not with its square.
 
 Pays: where ``N`` is large against ``D``. Does not: in batches of a few hundred pairs.
 
@@ -16,11 +16,13 @@ et al., 2021); running log-sum-exps are Milakov and Gimelshein's online softmax 
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from memopt._torch import size_hint
 from memopt.kernels import forward_gradients
 from memopt.kernels.head import HALF_UNIT, Gradients, Head, block_rows, pieces
 
@@ -57,42 +59,55 @@ torch.library.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
+CONTRASTIVE = torch.ops.memopt.contrastive.default
+
 
 @torch.library.impl(_NAME, "default")
 def _contrastive(*args: Any) -> tuple[Tensor, ...]:
-    """The loss, its gradients, and the factors that these still lack."""
+    """The loss, its gradients, and the factors that these still lack.
+
+    What it allocates is known in advance: see ``scratch_bytes``.
+    """
     a = Arguments(*args)
     x, y, scale = a.wanted
     trained = x or y or scale
+    work = _Buffers.of(a)
     columns = _Columns(a) if a.both else None
+    lse_M = None
     if columns is not None and trained:
-        for _, chunk in _products(a):
-            for _, z in _similarities(a, chunk):
-                columns.add_(z)
+        for rows in pieces(len(a.x), a.chunk_rows):
+            for _, z in work.similarities(a, work.product(a, rows)):
+                columns.add_(z, work.spare_RM)
+        lse_M, columns = columns.lse(), None
     # The gradient of the scale is the product of either side with that side's own gradient. Both
     # sides are to be equally exact, and small: no rounding between chunks.
     head, chunks = Head(a.x, a.y), -(-len(a.x) // a.chunk_rows)
     gradients = Gradients.of(head, (x or (scale and not y), y, False), chunks, exact=chunks > 1)
-    losses, pairs = [], []
-    for rows, chunk in _products(a):
-        for part, z in _similarities(a, chunk):
+    losses_N, pairs_N = a.x.new_empty(2, len(a.x), dtype=a.wide)
+    for rows in pieces(len(a.x), a.chunk_rows):
+        chunk = work.product(a, rows)
+        for part, z in work.similarities(a, chunk):
             first = rows.start + part.start
-            pairs.append(z.diagonal(first).clone())
-            if trained:
-                losses.append(_gradient_(z, first, columns) - pairs[-1])
-                if a.x.dtype == torch.float16:
-                    z.mul_(HALF_UNIT)
-                if z.dtype != chunk.dtype:
-                    chunk[part].copy_(z)
-            else:
+            own = slice(first, first + len(z))
+            pairs_N[own] = z.diagonal(first)
+            if not trained:
                 if columns is not None:
-                    columns.add_(z)
-                losses.append(_softmax_(z) - pairs[-1])
+                    columns.add_(z, work.spare_RM)
+                losses_N[own] = _softmax_(z)
+                continue
+            losses_N[own] = _gradient_(z, first, lse_M, work.spare_RM)
+            if a.x.dtype == torch.float16:
+                z.mul_(HALF_UNIT)
+            if z.dtype != chunk.dtype:
+                chunk[part].copy_(z)
         if trained:
             gradients.add_(chunk, a.x[rows], head, rows)
-    loss = torch.cat(losses).mean()
+    loss = (losses_N - pairs_N).mean()
     if columns is not None:
-        loss = (loss + (columns.lse() - torch.cat(pairs)).mean()) / 2
+        lse_M = columns.lse()
+    if lse_M is not None:
+        loss = (loss + (lse_M - pairs_N).mean()) / 2
+    del work, chunk, z
     return (loss, *_results(a, head, gradients), _lacking(a))
 
 
@@ -120,45 +135,68 @@ class _Columns:
         self._top_M = a.y.new_full(a.y.shape[:1], -torch.inf, dtype=a.wide)
         self._sum_M = torch.zeros_like(self._top_M)
 
-    def add_(self, z_RM: Tensor) -> None:
+    def add_(self, z_RM: Tensor, spare_RM: Tensor) -> None:
         top = torch.maximum(self._top_M, z_RM.amax(0))
-        self._sum_M.mul_((self._top_M - top).exp_()).add_((z_RM - top).exp_().sum(0))
+        self._sum_M.mul_((self._top_M - top).exp_())
+        self._sum_M.add_(torch.sub(z_RM, top, out=spare_RM[: len(z_RM)]).exp_().sum(0))
         self._top_M = top
 
     def lse(self) -> Tensor:
-        return self._top_M + self._sum_M.log()
+        return self._sum_M.log_().add_(self._top_M)
 
 
-def _products(a: Arguments) -> Iterator[tuple[slice, Tensor]]:
-    """Chunks of ``x @ y.T`` with their rows; the next chunk overwrites the last."""
-    head = Head(a.x, a.y)
-    raw = a.x.new_empty(min(a.chunk_rows, len(a.x)), len(a.y))
-    for rows in pieces(len(a.x), a.chunk_rows):
-        yield rows, head.product(a.x[rows], raw[: rows.stop - rows.start])
+@dataclass(frozen=True)
+class _Buffers:
+    """What every chunk and every block overwrites again.
+
+    Attributes:
+        raw_CM: a chunk of the product, in the embeddings' dtype.
+        z_RM: a block of similarities in the wide dtype; empty where that is the same.
+        spare_RM: another, for exponentials by column; empty for one direction.
+    """
+
+    raw_CM: Tensor
+    z_RM: Tensor
+    spare_RM: Tensor
+
+    @classmethod
+    def of(cls, a: Arguments) -> "_Buffers":
+        size, width = min(a.chunk_rows, len(a.x)), len(a.y)
+        height = min(size, block_rows(width, a.wide.itemsize))
+        blocks = [height if on else 0 for on in (a.x.dtype != a.wide, a.both)]
+        z, spare = (a.x.new_empty(rows, width, dtype=a.wide) for rows in blocks)
+        return cls(a.x.new_empty(size, width), z, spare)
+
+    def product(self, a: Arguments, rows: slice) -> Tensor:
+        """A chunk of ``x @ y.T``."""
+        return torch.mm(a.x[rows], a.y.t(), out=self.raw_CM[: rows.stop - rows.start])
+
+    def similarities(self, a: Arguments, chunk_CM: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of scaled similarities, with their rows in the chunk."""
+        for part in pieces(len(chunk_CM), block_rows(chunk_CM.shape[1], a.wide.itemsize)):
+            z = chunk_CM[part]
+            if len(self.z_RM):
+                z = self.z_RM[: len(z)].copy_(z)
+            yield part, z.mul_(a.scale)
 
 
-def _similarities(a: Arguments, chunk_CM: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of scaled similarities with their rows in the chunk, which they overwrite if wide."""
-    for part in pieces(len(chunk_CM), block_rows(chunk_CM.shape[1], a.wide.itemsize)):
-        yield part, chunk_CM[part].to(a.wide).mul_(a.scale)
-
-
-def _gradient_(z_RM: Tensor, first: int, columns: _Columns | None) -> Tensor:
+def _gradient_(z_RM: Tensor, first: int, lse_M: Tensor | None, spare_RM: Tensor) -> Tensor:
     """Similarities to the gradient of all directions' summed losses, in place.
 
     Args:
         z_RM: a block of similarities.
         first: row of the whole that the block begins with.
-        columns: what is known of the columns, or None for one direction.
+        lse_M: log-sum-exp of the columns, or None for one direction.
+        spare_RM: takes the other direction's softmax.
 
     Returns:
         log-sum-exp of each row.
     """
-    if columns is None:
+    if lse_M is None:
         lse = _softmax_(z_RM)
         z_RM.diagonal(first).sub_(1)
         return lse
-    other = (z_RM - columns.lse()).exp_()
+    other = torch.sub(z_RM, lse_M, out=spare_RM[: len(z_RM)]).exp_()
     lse = _softmax_(z_RM)
     z_RM.add_(other).diagonal(first).sub_(2)
     return lse
@@ -198,3 +236,43 @@ def _lacking(a: Arguments) -> Tensor:
     one = torch.ones_like(scale)
     share = 1 / (unit * len(a.x) * (2 if a.both else 1))
     return torch.stack([scale, scale, one]) * share
+
+
+def scratch_bytes(*args: Any) -> int:
+    """What the operator allocates at most at a time besides its results, in bytes.
+
+    Args:
+        *args: its arguments, fake or real.
+    """
+    a = Arguments(*args)
+    (rows, width), others = map(size_hint, a.x.shape), size_hint(a.y.shape[0])
+    x, y, scale = a.wanted
+    wide, itemsize, trained = a.wide.itemsize, a.x.element_size(), x or y or scale
+    size = min(a.chunk_rows, rows)
+    height = min(size, block_rows(others, wide))
+    buffers = size * others * itemsize
+    buffers += ((itemsize != wide) + a.both) * height * others * wide
+    kept = 2 * rows * wide
+    columns = 2 * a.both * others * wide  # and as much again while a block is added
+    by_row = max(3 * height, rows) * wide
+    if not trained:
+        return buffers + kept + columns + max(columns, by_row)
+
+    half = a.x.dtype == torch.float16
+    result = wide if half else itemsize
+    added = wide if size < rows else result
+    sums = y * others * width * (added - result)
+    if scale and not x and not y:  # by way of a gradient that is no result
+        sums += rows * width * result
+    product = 0
+    if half and (x or not y):
+        product = size * width * (itemsize + wide)
+    if y and added != itemsize:
+        part = min(others, block_rows(width, 4))
+        product = max(product, part * width * (itemsize + wide))
+    kept += columns // 2
+    adding = buffers + kept + sums + max(product, by_row)
+    converted = y * (added != result) * others * width * result
+    summed = min(a.chunk_rows, rows if x or not y else others)
+    dot = scale * summed * width * 8 * (3 if wide < 8 else 1)
+    return max(buffers + 2 * columns, adding, kept + sums + converted + dot)

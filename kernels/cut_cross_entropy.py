@@ -108,6 +108,7 @@ def _results(head: Head, wanted: Sequence[bool]) -> Gradients:
         make(head.x_NH.shape, dtype=dtype) if x else None,
         make(head.weight_VH.shape, dtype=dtype) if weight else None,
         make(len(head.weight_VH), dtype=head.wide) if bias else None,
+        empty=False,
     )
 
 

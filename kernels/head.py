@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memopt.kernels.rows import IndexTargets, RowLoss, log_sum_exp
+from memopt.kernels.rows import CrossEntropy, IndexTargets, RowLoss, log_sum_exp
 
 # A block of rows is converted, exponentiated and turned into its gradient while it is in cache.
 _BLOCK_BYTES = 8 * 2**20
@@ -25,7 +25,6 @@ _BLOCK_BYTES = 8 * 2**20
 _MAX_ROUNDINGS = 8
 # Every chunk reads and writes the weight gradient once; with this many rows the products hide it.
 _CHUNK_ROWS = {"cpu": 256, "cuda": 2048}
-_LEAST_ROWS = 32
 # Float16 loses softmax entries under 6e-8. Its gradients are kept at this size, whatever the
 # number of tokens, and scaled at the end.
 HALF_UNIT = 8.0
@@ -60,18 +59,24 @@ class Head:
             return torch.mm(x_CH, self.weight_VH.t(), out=out)
         return torch.addmm(self.bias_V, x_CH, self.weight_VH.t(), out=out)
 
-    def activate(self, raw_RV: Tensor) -> Tensor:
-        """Raw product to logits, in the wide dtype; a new tensor where anything changes."""
+    def activate(self, raw_RV: Tensor, *, in_place: bool = False) -> Tensor:
+        """Raw product to logits, in the wide dtype.
+
+        Args:
+            raw_RV: the product.
+            in_place: whether logits of its dtype may take its place.
+        """
         z = raw_RV.to(self.wide)
         if self.scale != 1.0 or self.softcap:
             factor = self.scale / (self.softcap or 1.0)
-            z = z * factor if z.dtype == raw_RV.dtype else z.mul_(factor)
+            in_place = in_place or z.dtype != raw_RV.dtype
+            z = z.mul_(factor) if in_place else z * factor
         return z.tanh_().mul_(self.softcap) if self.softcap else z
 
     def deactivate_(self, gradient_RV: Tensor, z_RV: Tensor) -> None:
-        """Gradient of logits to gradient of the raw product, in place."""
+        """Gradient of logits to gradient of the raw product, in place; overwrites the logits."""
         if self.softcap:
-            slope = (z_RV / self.softcap).square_().neg_().add_(1.0)
+            slope = z_RV.div_(self.softcap).square_().neg_().add_(1.0)
             gradient_RV.mul_(slope)
         if self.scale != 1.0:
             gradient_RV.mul_(self.scale)
@@ -79,11 +84,19 @@ class Head:
 
 @dataclass
 class Gradients:
-    """Gradients of a head's inputs, filled chunk by chunk; None where not wanted."""
+    """Gradients of a head's inputs, filled chunk by chunk; None where not wanted.
+
+    Attributes:
+        x_NH: of the hidden states.
+        weight_VH: of the weight; not initialised before the first chunk.
+        bias_V: of the bias.
+        empty: whether no chunk has been added yet.
+    """
 
     x_NH: Tensor | None
     weight_VH: Tensor | None
     bias_V: Tensor | None
+    empty: bool = True
 
     @classmethod
     def of(
@@ -109,11 +122,11 @@ class Gradients:
         x_dtype = head.wide if half else head.x_NH.dtype
         exact = exact or half or chunks > _MAX_ROUNDINGS
         weight_dtype = head.wide if exact else head.weight_VH.dtype
-        make = head.x_NH.new_zeros if sparse else head.x_NH.new_empty
-        zeros = head.x_NH.new_zeros
+        zeros, new = head.x_NH.new_zeros, head.x_NH.new_empty
+        make = zeros if sparse else new
         return cls(  # contiguous, whatever the strides of the inputs
             make(head.x_NH.shape, dtype=x_dtype) if x else None,
-            zeros(head.weight_VH.shape, dtype=weight_dtype) if weight else None,
+            new(head.weight_VH.shape, dtype=weight_dtype) if weight else None,
             zeros(len(head.weight_VH), dtype=head.wide) if bias else None,
         )
 
@@ -144,17 +157,23 @@ class Gradients:
             else:
                 self.x_NH[rows] = torch.mm(gradient_CV, head.weight_VH).to(self.x_NH.dtype)
         if self.weight_VH is not None:
-            if self.weight_VH.dtype == gradient_CV.dtype:
-                self.weight_VH.addmm_(gradient_CV.t(), x_CH)
-            else:
+            if self.weight_VH.dtype != gradient_CV.dtype:
                 classes, hidden = self.weight_VH.shape
                 for part in pieces(classes, block_rows(hidden, 4)):
-                    self.weight_VH[part] += torch.mm(gradient_CV[:, part].t(), x_CH)
+                    own = torch.mm(gradient_CV[:, part].t(), x_CH)
+                    self.weight_VH[part] = own if self.empty else self.weight_VH[part].add_(own)
+            elif self.empty:
+                torch.mm(gradient_CV.t(), x_CH, out=self.weight_VH)
+            else:
+                self.weight_VH.addmm_(gradient_CV.t(), x_CH)
         if self.bias_V is not None:
             self.bias_V += gradient_CV.sum(0, dtype=self.bias_V.dtype)
+        self.empty = False
 
     def results(self, head: Head) -> tuple[Tensor, Tensor, Tensor]:
         """All three in their inputs' dtypes (float16 in float32); empty where not wanted."""
+        if self.empty and self.weight_VH is not None:
+            self.weight_VH.zero_()
         dtype = head.wide if head.x_NH.dtype == torch.float16 else head.x_NH.dtype
         x, weight, bias = (
             head.x_NH.new_empty(0, dtype=dtype) if g is None else g.to(dtype)
@@ -178,7 +197,7 @@ def default_chunk_rows(rows: int, classes: int, device: torch.device) -> int:
     """Rows of a chunk: few enough to be small, enough to keep the products fast.
 
     Where the classes are so few that more rows fit a block in cache, it takes those too; but no
-    more than a quarter of all rows, so that the logits are never whole.
+    more than a quarter of all rows, unless the products need them.
 
     Args:
         rows: how many there are in all.
@@ -186,8 +205,8 @@ def default_chunk_rows(rows: int, classes: int, device: torch.device) -> int:
         device: where the products run.
     """
     fast = _CHUNK_ROWS.get(device.type, _CHUNK_ROWS["cuda"])
-    quarter = max(_LEAST_ROWS, -(-rows // 4))
-    return max(1, min(rows, quarter, max(fast, block_rows(max(1, classes), 4))))
+    cached = min(block_rows(max(1, classes), 4), rows // 4)
+    return max(1, min(rows, max(fast, cached)))
 
 
 def has_row_kernel(loss: type[RowLoss], x: Tensor) -> bool:
@@ -246,10 +265,7 @@ def run_chunks(
     lse = torch.zeros_like(values)
     raw = head.x_NH.new_empty(size, len(head.weight_VH))
     spare = head.x_NH.new_empty(2, size, head.x_NH.shape[1])
-    block = None
-    if g_N is not None and not has_row_kernel(type(loss), raw):
-        height = min(size, block_rows(len(head.weight_VH), head.wide.itemsize))
-        block = head.x_NH.new_empty(height, len(head.weight_VH), dtype=head.wide)
+    block = softmax_block(head, loss, raw, trained=g_N is not None)
     for part in pieces(count, chunk_rows):
         if rows is None:
             own: slice | Tensor = part
@@ -273,6 +289,7 @@ def scratch_bytes(
     chunk_rows: int,
     *,
     blocks: int,
+    held: int,
     exact: bool,
 ) -> int:
     """What ``run_chunks`` allocates at most at a time, its results left out.
@@ -283,20 +300,37 @@ def scratch_bytes(
         classes: ``V``.
         itemsize: bytes of one element of the model's dtype.
         chunk_rows: rows of a chunk.
-        blocks: tensors of the size of a block that a row loss and the head hold at a time; 0
-            where a kernel does without.
+        blocks: tensors of the size of a block that a row loss and the head hold at a time.
+        held: how many of them are there during the products too.
         exact: whether the weight gradient is added up in float32, and not the result itself.
     """
     size, wide = min(chunk_rows, rows), max(4, itemsize)
-    block = min(size, block_rows(classes, wide)) * classes * wide if blocks else 0
+    block = min(size, block_rows(classes, wide)) * classes * wide
     chunk = size * (classes + 2 * width) * itemsize
     loop = blocks * block
     if exact:  # a part of the product, converted; and the result is not there before the end
         part = min(classes, block_rows(width, 4)) * width
-        loop = max(loop, block + part * (itemsize + 4))
+        loop = max(loop, held * block + part * (itemsize + 4))
         chunk = max(chunk + loop + classes * width * (4 - itemsize), classes * width * 4)
         return chunk + rows * 3 * wide
     return chunk + loop + rows * 3 * wide
+
+
+def softmax_block(head: Head, loss: RowLoss, raw_CV: Tensor, *, trained: bool) -> Tensor | None:
+    """Takes the softmax of a block of rows; None where it may take its logits' place, or is none.
+
+    Args:
+        head: maps hidden states to logits.
+        loss: what to compute.
+        raw_CV: the product of a chunk.
+        trained: whether gradients are computed.
+    """
+    in_place = isinstance(loss, CrossEntropy) and not head.softcap
+    if in_place or not trained or has_row_kernel(type(loss), raw_CV):
+        return None
+    rows, classes = raw_CV.shape
+    height = min(rows, block_rows(classes, head.wide.itemsize))
+    return raw_CV.new_empty(height, classes, dtype=head.wide)
 
 
 def run_rows(
@@ -315,12 +349,14 @@ def run_rows(
     Args:
         head: maps the raw product to logits.
         loss: what to compute.
-        raw_CV: the raw product; overwritten with its gradient if there is an upstream one.
+        raw_CV: the raw product; overwritten, with its gradient if there is an upstream one.
         rows: which rows of the whole the chunk is.
         g_N: upstream gradient of every row's value, or None for values only.
         h_N: upstream gradient of every row's log-sum-exp.
-        block_RV: takes the softmax of a block; made where there is none.
+        block_RV: what ``softmax_block`` returned, if it is at hand.
     """
+    if block_RV is None:
+        block_RV = softmax_block(head, loss, raw_CV, trained=g_N is not None)
     chunk = loss.at(rows)
     if has_row_kernel(type(loss), raw_CV):
         from memopt.kernels import triton_rows  # here, because Triton is optional
@@ -330,21 +366,25 @@ def run_rows(
         return triton_rows.run(raw_CV, chunk, head.scale, head.softcap, g_C, h_C)
     values, normalisers = [], []
     for part in pieces(len(raw_CV), block_rows(raw_CV.shape[1], head.wide.itemsize)):
-        own, block = _rows_of(rows, part), chunk.at(part)
-        z = head.activate(raw_CV[part])
-        if g_N is None:
-            lse = torch.logsumexp(z, 1)
-            values.append(block.values(z, lse))
+        own, block, raw = _rows_of(rows, part), chunk.at(part), raw_CV[part]
+        z = head.activate(raw, in_place=True)
+        p = z if block_RV is None else block_RV[: len(z)]
+        top = z.amax(1)
+        if isinstance(block, CrossEntropy):
+            offset = block.offset(z)
+            lse = log_sum_exp(top, torch.softmax(z, 1, out=p))
+            value = block.factor(z.shape[1], z.dtype) * lse - offset
         else:
-            p = torch.softmax(z, 1, out=None if block_RV is None else block_RV[: len(z)])
-            lse = log_sum_exp(z, p)
-            values.append(block.values(z, lse))
+            apart = None if block_RV is None else p
+            lse = log_sum_exp(top, torch.softmax(z, 1, out=apart))
+            value = block.values(z, lse)
+        values.append(value)
+        normalisers.append(lse)
+        if g_N is not None:
             block.gradient_(p, z, lse, g_N[own], None if h_N is None else h_N[own])
             head.deactivate_(p, z)
-            raw_CV[part].copy_(p)
-            del p
-        del z  # before the next block takes their place
-        normalisers.append(lse)
+            raw.copy_(p)
+        del z, p  # before the next block takes their place
     return torch.cat(values), torch.cat(normalisers)
 
 

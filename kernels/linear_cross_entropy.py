@@ -91,7 +91,7 @@ def _reduced(*args: Any) -> tuple[Tensor, ...]:
     arguments = Arguments(*shared)
     work = _Work.of(arguments)
     size = work.total if mean else torch.ones_like(work.total)
-    share = torch.where(size > 0, 1 / size, 0.0)
+    share = torch.where(size != 0, 1 / size, 0.0)
     half = arguments.x.dtype == torch.float16
     upstream = None
     if any(arguments.wanted):
@@ -282,15 +282,19 @@ def scratch_bytes(*args: Any) -> int:
         return rows * (12 + 4 * trained + values) + cut_cross_entropy.scratch_bytes(
             rows, width, classes, a.x.dtype, wanted, smoothed=a.label_smoothing > 0
         )
-    converted = a.x.dtype != a.wide or a.scale != 1.0 or a.softcap != 0.0
-    spread = a.class_weight is not None and a.label_smoothing > 0
-    blocks = 1 + converted + trained * max(bool(a.softcap), spread)
-    if has_row_kernel(SoftTargets if a.target.is_floating_point() else IndexTargets, a.x):
-        blocks = 0
+    soft = a.target.is_floating_point()
+    apart = int(trained and a.softcap != 0.0)
+    blocks = (a.x.dtype != a.wide) + apart
+    if soft:  # the targets, if anything changes, and times the logits
+        changed = a.target.dtype != a.wide or a.label_smoothing or a.class_weight is not None
+        blocks += 1 + bool(changed)
+    elif has_row_kernel(IndexTargets, a.x):
+        blocks = apart = 0
     narrow = trained and a.wanted[1] and a.x.dtype in (torch.bfloat16, torch.float16)
     chunks = -(-rows // a.chunk_rows)
     wide = a.wide.itemsize
     targets = rows * (1 + 8 + 8 + wide * (2 if trained else 1))
+    exact = narrow and chunks > 8
     return targets + head_scratch_bytes(
-        rows, width, classes, itemsize, a.chunk_rows, blocks=blocks, exact=narrow and chunks > 8
+        rows, width, classes, itemsize, a.chunk_rows, blocks=blocks, held=apart, exact=exact
     )

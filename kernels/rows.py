@@ -2,12 +2,14 @@
 
 Every loss of the form ``reduce(f(logits))``, with ``f`` working on one row at a time, is a
 ``RowLoss``. Kernels hand it blocks of rows in float32 or wider, together with their softmax, so
-a cross-entropy neither exponentiates nor allocates anything of a block's size. A loss that reads
-more than targets, such as another model's logits, makes it for the rows it is asked about.
+that no loss exponentiates again. A ``CrossEntropy`` is done with its logits before the softmax,
+which may then take their place. A loss that reads more than targets, such as another model's
+logits, makes it for the rows it is asked about.
 
 Legend: ``R`` rows of a block, ``V`` entries of a row.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -50,8 +52,39 @@ class BlockLoss(RowLoss, Protocol):
         ...
 
 
+class CrossEntropy(ABC):
+    """A loss whose rows are worth ``factor * lse - offset(z)``: its gradient needs no logits."""
+
+    @abstractmethod
+    def at(self, rows: slice | Tensor) -> "CrossEntropy":
+        """The loss of some of the rows."""
+
+    @abstractmethod
+    def factor(self, classes: int, dtype: torch.dtype) -> Tensor | float:
+        """What the log-sum-exp of each row counts for.
+
+        Args:
+            classes: ``V``.
+            dtype: of the logits.
+        """
+
+    @abstractmethod
+    def offset(self, z_RV: Tensor) -> Tensor:
+        """What is subtracted from it, a combination of the row's logits."""
+
+    @abstractmethod
+    def gradient_(
+        self, p_RV: Tensor, z_RV: Tensor, lse_R: Tensor, g_R: Tensor, h_R: Tensor | None
+    ) -> None:
+        """As ``BlockLoss.gradient_``, without reading ``z_RV``."""
+
+    def values(self, z_RV: Tensor, lse_R: Tensor) -> Tensor:
+        """The loss of each row, as ``BlockLoss.values``."""
+        return self.factor(z_RV.shape[1], z_RV.dtype) * lse_R - self.offset(z_RV)
+
+
 @dataclass(frozen=True)
-class IndexTargets:
+class IndexTargets(CrossEntropy):
     """Cross-entropy against one class per row: ``torch.nn.functional.cross_entropy``.
 
     With class weights ``w``, smoothing ``e`` and target ``y`` the value of a row is ``(1 - e)
@@ -70,18 +103,21 @@ class IndexTargets:
     def at(self, rows: slice | Tensor) -> "IndexTargets":
         return replace(self, target_N=self.target_N[rows])
 
-    def values(self, z_RV: Tensor, lse_R: Tensor) -> Tensor:
-        target = self.target_N
-        loss = lse_R - z_RV.gather(1, target[:, None])[:, 0]
-        if self.weight_V is not None:
-            loss *= self.weight_V[target]
-        if not self.smoothing:
-            return loss
+    def factor(self, classes: int, dtype: torch.dtype) -> Tensor | float:
         if self.weight_V is None:
-            spread = lse_R * z_RV.shape[1] - z_RV.sum(1)
-        else:
-            spread = lse_R * self.weight_V.sum() - z_RV @ self.weight_V
-        return loss.mul_(1 - self.smoothing).add_(spread, alpha=self.smoothing / z_RV.shape[1])
+            return 1.0
+        own = self.weight_V[self.target_N] * (1 - self.smoothing)
+        return own + self.weight_V.sum() * (self.smoothing / classes) if self.smoothing else own
+
+    def offset(self, z_RV: Tensor) -> Tensor:
+        taken = z_RV.gather(1, self.target_N[:, None])[:, 0]
+        if self.weight_V is not None:
+            taken *= self.weight_V[self.target_N]
+        if not self.smoothing:
+            return taken
+        spread = z_RV.sum(1) if self.weight_V is None else z_RV @ self.weight_V
+        taken *= 1 - self.smoothing
+        return taken.add_(spread, alpha=self.smoothing / z_RV.shape[1])
 
     def gradient_(
         self, p_RV: Tensor, z_RV: Tensor, lse_R: Tensor, g_R: Tensor, h_R: Tensor | None
@@ -90,19 +126,19 @@ class IndexTargets:
         own = g_R * (1 - self.smoothing)
         if weight is not None:
             own = own * weight[target]
-        factor = own
-        if self.smoothing:
-            total = float(size) if weight is None else weight.sum()
-            factor = own + g_R * (self.smoothing / size) * total
+        factor = g_R * self.factor(size, p_RV.dtype)
         p_RV.mul_((factor if h_R is None else factor + h_R)[:, None])
         if self.smoothing:
             each = g_R[:, None] * (self.smoothing / size)
-            p_RV.sub_(each if weight is None else each * weight)
+            if weight is None:
+                p_RV.sub_(each)
+            else:
+                p_RV.addr_(each[:, 0], weight, alpha=-1)
         p_RV.scatter_add_(1, target[:, None], -own[:, None])
 
 
 @dataclass(frozen=True)
-class SoftTargets:
+class SoftTargets(CrossEntropy):
     """Cross-entropy against a distribution per row.
 
     The value is ``sum_v w_v t_v (lse - z_v)`` where ``t`` is smoothed to ``(1 - e) t + e / V``.
@@ -121,14 +157,18 @@ class SoftTargets:
         return replace(self, target_NV=self.target_NV[rows])
 
     def _weights(self, dtype: torch.dtype) -> Tensor:
-        target = self.target_NV.to(dtype)
+        if not self.smoothing and self.weight_V is None:
+            return self.target_NV.to(dtype)
+        target = self.target_NV.to(dtype, copy=True)
         if self.smoothing:
-            target = target * (1 - self.smoothing) + self.smoothing / target.shape[1]
-        return target if self.weight_V is None else target * self.weight_V
+            target.mul_(1 - self.smoothing).add_(self.smoothing / target.shape[1])
+        return target if self.weight_V is None else target.mul_(self.weight_V)
 
-    def values(self, z_RV: Tensor, lse_R: Tensor) -> Tensor:
-        target = self._weights(z_RV.dtype)
-        return target.sum(1) * lse_R - (target * z_RV).sum(1)
+    def factor(self, classes: int, dtype: torch.dtype) -> Tensor | float:
+        return self._weights(dtype).sum(1)
+
+    def offset(self, z_RV: Tensor) -> Tensor:
+        return (self._weights(z_RV.dtype) * z_RV).sum(1)
 
     def gradient_(
         self, p_RV: Tensor, z_RV: Tensor, lse_R: Tensor, g_R: Tensor, h_R: Tensor | None
@@ -139,10 +179,14 @@ class SoftTargets:
         p_RV.sub_(target * g_R[:, None])
 
 
-def log_sum_exp(z_RV: Tensor, p_RV: Tensor) -> Tensor:
+def log_sum_exp(top_R: Tensor, p_RV: Tensor) -> Tensor:
     """Log-sum-exp of rows whose softmax is at hand, without a second exponential per entry.
 
     The largest softmax of a row is ``exp(max z - lse)`` and at least ``1 / V``, so its logarithm
     is accurate.
+
+    Args:
+        top_R: the largest logit of each row.
+        p_RV: their softmax.
     """
-    return z_RV.amax(1) - torch.log(p_RV.amax(1))
+    return top_R - torch.log(p_RV.amax(1))

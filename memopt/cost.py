@@ -18,10 +18,14 @@ from memopt.workspace import workspace_bytes
 # Vector operations that cost this many times an addition, on a device without spare arithmetic.
 _SLOW_ELEMENTWISE = frozenset(
     "exp expm1 log log1p log2 log10 tanh sigmoid erf erfc erfinv sin cos tan pow sqrt rsqrt "
-    "gelu gelu_backward silu silu_backward softplus native_dropout inductor_random rand_like "
+    "gelu gelu_backward silu silu_backward softplus native_dropout rand_like "
     "tanh_backward sigmoid_backward reciprocal div".split()
 )
 _SLOW_FACTOR = 4.0
+# A number of a counter-based generator (Philox, ten rounds). Inductor's CPU code draws them one by
+# one, 10 ns each where an exponential takes 0.4; a GPU draws them in all its lanes.
+_RANDOM_FACTOR = {"cpu": 75.0}
+_OTHER_RANDOM_FACTOR = 12.0
 _LIBRARY_EFFICIENCY = 0.7  # of the roofline, typical of large library calls
 # Attention reaches less of the peak; the CPU's least: softmax between two small matrix products.
 _ATTENTION_EFFICIENCY = {"cpu": 0.12}
@@ -63,6 +67,8 @@ class CostModel:
             return seconds + self.device.launch_seconds
         name = packet_name(node.target).rpartition(".")[2]
         factor = _SLOW_FACTOR if name in _SLOW_ELEMENTWISE else 1.0
+        if name == "inductor_random":
+            factor = _RANDOM_FACTOR.get(self.device.name, _OTHER_RANDOM_FACTOR)
         elements = max((size_hint(t.numel()) for t in touched), default=0)
         arithmetic = 8.0 * factor * elements / self.device.flops_for("float32")
         if self.fused:

@@ -32,11 +32,11 @@ def emit(
         graph: the graph, positioned by ``graph.inserting_before``.
         target: a function, or the name of a method of the first argument.
         args: its arguments; nodes among them must have traced values.
-        kwargs: constants by keyword.
+        kwargs: the same by keyword.
         like: the node whose source line and module the new one inherits.
     """
     args, kwargs = tuple(args), dict(kwargs or {})
-    values = pytree.tree_map_only(fx.Node, traced, args)
+    values, named = pytree.tree_map_only(fx.Node, traced, (args, kwargs))
     modes = [t.fake_mode for t in pytree.tree_leaves(values) if isinstance(t, FakeTensor)]
     if isinstance(target, str):
         node = graph.call_method(target, args, kwargs)
@@ -48,7 +48,7 @@ def emit(
     differentiable = getattr(traced(like), "requires_grad", True)
     mode = modes[0] if modes else contextlib.nullcontext()
     with mode, torch.set_grad_enabled(differentiable):
-        value = call(*values, **kwargs)
+        value = call(*values, **named)
     node.meta.update({key: like.meta[key] for key in _INHERITED if key in like.meta})
     node.meta[TRACED] = value
     return node

@@ -71,7 +71,7 @@ def linear_cross_entropy(
     Raises:
         IndexError: a class is not in ``[0, V)``.
 
-    Source: the z-loss is PaLM's (Chowdhery et al., 2022), the cap Gemma 2's.
+    Source: the z-loss is PaLM's (Chowdhery et al., 2022), the cap Gemma 2's (Gemma Team, 2024).
     """
     inputs.one_of("reduction", reduction, "mean", "sum", "none")
     inputs.within("z_loss", z_loss, 0)

@@ -10,9 +10,10 @@ Every term is an edge: ``source -> a`` (needed, infinite), ``a -> r`` (price of 
 sink`` (seconds to recompute), ``r -> a of each input`` (infinite). So the minimum cut is exact,
 and a node that serves many is recomputed, and paid for, once.
 
-Source: the construction is project selection (Picard, 1976). Torch's min-cut partitioner cuts
-saved bytes alone, with recomputation free or banned; here recomputation has its own price, and
-the sweep over prices per byte gives the convex hull of (saved bytes, recompute seconds).
+Source: the construction is maximal closure, or project selection (Picard, 1976). Torch's min-cut
+partitioner cuts saved bytes alone, with recomputation free or banned; here recomputation has its
+own price, and the sweep over prices per byte gives the convex hull of (saved bytes, recompute
+seconds).
 """
 
 from collections.abc import Sequence

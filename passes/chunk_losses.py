@@ -11,7 +11,7 @@ a classifier with a few classes; there the pass leaves the graph alone.
 Source: see ``memopt.kernels.linear_cross_entropy``; logits that exist on demand are memopt's own.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import fx
@@ -20,10 +20,12 @@ from memopt._torch import size_hint
 from memopt.emit import emit, traced
 from memopt.errors import ConfigError
 from memopt.graph import source_line
+from memopt.passes.contrastive_losses import fuse_pairs
 from memopt.passes.heads import Head, unsafe
 from memopt.passes.logits import Logits, flipped, follow, rows_of
 from memopt.passes.row_losses import Loss, find_heads, find_loss
 from memopt.passes.row_operators import RowOperators
+from memopt.passes.stacked_rows import unstack
 from memopt.pipeline import PassContext
 from memopt.remarks import RemarkKind
 from memopt.returned import ReturnedLogits
@@ -61,8 +63,15 @@ class ChunkLosses:
             )
 
     def __call__(self, graph: fx.Graph, ctx: PassContext) -> int:
-        rewrites = 0
-        for head in find_heads(graph):
+        if self.logits == "none" and _breaks(graph):
+            return replace(self, logits="lazy")(graph, ctx)
+        dropped, seen = self.logits == "none", set[fx.Node]()
+        rewrites = fuse_pairs(
+            graph, ctx, self.name, least=_MIN_CLASSES, chunk_rows=self.chunk_rows, dropped=dropped
+        )
+        # Each rewrite may erase what another head was found to read.
+        while head := next((h for h in find_heads(graph) if h.node not in seen), None):
+            seen.add(head.node)
             reason = self._rewrite(graph, head, ctx)
             if reason:
                 source = source_line(head.node)
@@ -94,10 +103,15 @@ class ChunkLosses:
         if not losses:
             return "no loss reads the logits"
         (output,) = graph.find_nodes(op="output")
-        late = [loss.node for group in losses.values() for loss in group]
+        found = [loss for group in losses.values() for loss in group]
+        late = [loss.node for loss in found]
+        if not set(late).isdisjoint(i for loss in found for i in loss.inputs):
+            return "one loss on the logits is an input of another"
         last = output if returned else max(late)
         if reason := unsafe(head, last) or self._refusal(head, returned):
             return reason
+        if unstack(graph, set(members)):
+            return self._rewrite(graph, head, ctx)
         operators = {own: RowOperators(graph, own, self.chunk_rows) for own in heads}
         for own, group in losses.items():
             operators[own].replace_all(group)
@@ -168,3 +182,9 @@ class ChunkLosses:
                 detached=logits.detached or not traced(logits.node).requires_grad,
             ).wrap
         )
+
+
+def _breaks(graph: fx.Graph) -> bool:
+    """Whether Python goes on behind this graph with what it returns, and may read logits there."""
+    reason = getattr(graph.owning_module, "compile_subgraph_reason", None)
+    return bool(getattr(reason, "graph_break", False))

@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,7 @@ from torch import fx
 
 from memopt._torch import is_traceable_wrapper_subclass, size_hint
 from memopt.emit import same_shape, shape_of, traced
-
-TRANSPOSES = frozenset({torch.transpose, "transpose", torch.swapaxes, "swapaxes", "mT"})
+from memopt.passes.steps import TRANSPOSES, cast_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def find_head(node: fx.Node) -> Head | None:
         hidden, right = args[:2]
         if not (isinstance(hidden, fx.Node) and isinstance(right, fx.Node)):
             return None
-        weight = untransposed(right)
+        weight = untransposed(_in_place_already(right))
         if weight is not None:
             return _checked(Head(node, hidden, weight, None))
         return _checked(Head(node, hidden, right, None, transposed=True))
@@ -76,6 +76,13 @@ def _checked(head: Head) -> Head | None:
     if head.bias is not None and not (isinstance(head.bias, fx.Node) and shape_of(head.bias)):
         return None
     return head
+
+
+def _in_place_already(node: fx.Node) -> fx.Node:
+    """``x`` of ``x.to(device)`` where it is there, as models write for layers on many devices."""
+    source = cast_of(node) if len(node.args) == 2 and not node.kwargs else None
+    same = source is not None and traced(source).dtype == traced(node).dtype
+    return source if source is not None and same else node
 
 
 def untransposed(node: fx.Node) -> fx.Node | None:
@@ -116,15 +123,20 @@ def unsafe(head: Head, last: fx.Node) -> str:
     entered = sum(name.endswith("_increment_nesting") for name in before)
     if entered > sum(name.endswith("_decrement_nesting") for name in before):
         return "the head is inside a functorch transform"
-    memory = {_memory(n) for n in inputs}
-    for node, name in zip(nodes, names, strict=True):
-        late = head.node < node < last and _writes(name)
-        if late and memory & set(map(_memory, node.all_input_nodes)):
-            return f"{node.name} overwrites an input of the head before the loss"
+    if writer := overwriter(inputs, head.node, last):
+        return f"{writer.name} overwrites an input of the head before the loss"
     return ""
 
 
-def _writes(name: str) -> bool:
+def overwriter(values: Iterable[fx.Node], first: fx.Node, last: fx.Node) -> fx.Node | None:
+    """The first node between two others that writes to the memory of any of these values."""
+    memory = {_memory(value) for value in values}
+    late = (node for node in first.graph.nodes if first < node < last and _writes(node))
+    return next((n for n in late if memory & set(map(_memory, n.all_input_nodes))), None)
+
+
+def _writes(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", str(node.target))
     in_place = name.endswith("_") and not name.endswith("__")
     return in_place or name in ("setitem", "iadd", "isub", "imul", "itruediv")
 

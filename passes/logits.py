@@ -7,7 +7,6 @@ linear layer's rows, so that a reader of the result can be served from the hidde
 
 import math
 import operator
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,31 +16,22 @@ from torch import fx
 
 from memopt._torch import size_hint
 from memopt.emit import emit, extent, same_shape, shape_of, traced
-from memopt.passes.heads import TRANSPOSES, Head, loosely, untransposed
+from memopt.passes.heads import Head, loosely, untransposed
+from memopt.passes.steps import (
+    FACTORS,
+    PLAIN,
+    TRANSPOSES,
+    cast_of,
+    divides,
+    is_one,
+    overwrites,
+)
 
-_PLAIN = frozenset({"contiguous", "clone"})
-_CASTS: Mapping[str, torch.dtype] = {
-    "float": torch.float32,
-    "half": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "double": torch.float64,
-}
-_RESHAPES = frozenset({"view", "reshape"})
-_FACTORS: Mapping[Any, Callable[[float], float]] = {
-    target: function
-    for targets, function in (
-        ((operator.mul, operator.imul, torch.mul, "mul", "mul_"), lambda c: c),
-        (
-            (operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_"),
-            lambda c: 1 / c if c else math.inf,
-        ),
-    )
-    for target in targets
-}
 _TANH = frozenset({torch.tanh, "tanh", F.tanh})
 _ADD = frozenset({operator.add, operator.iadd, torch.add, "add"})
 _LOG_SOFTMAX = frozenset({F.log_softmax, torch.log_softmax, "log_softmax"})
 _PERMUTES = frozenset({torch.permute, "permute", torch.movedim, "movedim"})
+_RESHAPES = frozenset({"view", "reshape"})
 
 
 @dataclass(frozen=True)
@@ -107,7 +97,7 @@ def flipped(user: fx.Node, logits: Logits, head: Head) -> Head | None:
     A contrastive loss reads its similarities in both directions.
     """
     plain = logits.scale == 1.0 and not logits.softcap and logits.bias is None
-    factors = all(step.target in _FACTORS for step in logits.path)
+    factors = all(step.target in FACTORS for step in logits.path)
     if not (plain and factors) or logits.normalised or head.transposed:
         return None
     square = len(shape_of(head.hidden)) == len(shape_of(user)) == 2
@@ -135,7 +125,7 @@ def _is_input(user: fx.Node, logits: Logits) -> bool:
 
 
 def _same(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
-    plain = user.target in _PLAIN and _is_input(user, logits)
+    plain = user.target in PLAIN and _is_input(user, logits)
     return logits if plain else None
 
 
@@ -145,18 +135,14 @@ def _detached(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
 
 
 def _cast(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
-    if user.target not in (*_CASTS, "to", "type", "type_as") or logits.node is not user.args[0]:
-        return None
-    before, after = traced(logits.node), traced(user)
-    same_place = isinstance(after, torch.Tensor) and after.device == before.device
-    return logits if same_place and after.dtype.is_floating_point else None
+    return logits if cast_of(user) is logits.node else None
 
 
 def _valued(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
     """``c * z``, ``z / c``, ``tanh(z)`` and ``z + buffer``."""
     if logits.normalised or not user.args or len(user.args) > 2 or user.kwargs:
         return None
-    if _overwrites(user) and not _alone(logits.node, head):
+    if overwrites(user) and not _alone(logits.node, head):
         return None
     if user.target in _TANH:
         if logits.softcap:
@@ -166,15 +152,15 @@ def _valued(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
         return None
     left, right = loosely(user.args)
     constant = right if left is logits.node else left
-    if user.target in _FACTORS and isinstance(constant, (int, float)):
-        if _divides(user) and left is not logits.node:
+    if user.target in FACTORS and isinstance(constant, (int, float)):
+        if divides(user) and left is not logits.node:
             return None
-        return _scaled(logits, _FACTORS[user.target](float(constant)))
-    if user.target in _FACTORS and isinstance(constant, fx.Node):
+        return _scaled(logits, FACTORS[user.target](float(constant)))
+    if user.target in FACTORS and isinstance(constant, fx.Node):
         # One factor for all classes may as well go to the hidden state.
-        plain = left is logits.node or not _divides(user)
+        plain = left is logits.node or not divides(user)
         plain = plain and logits.bias is None and not logits.softcap
-        return replace(logits, path=(*logits.path, user)) if plain and _is_one(constant) else None
+        return replace(logits, path=(*logits.path, user)) if plain and is_one(constant) else None
     if user.target in _ADD and isinstance(constant, fx.Node):
         plain = logits.bias is None and logits.scale == 1.0 and not logits.softcap
         shape = shape_of(constant)
@@ -184,16 +170,6 @@ def _valued(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
         wide = wide and traced(constant).dtype == traced(head.node).dtype
         return replace(logits, bias=constant) if plain and wide else None
     return None
-
-
-def _divides(node: fx.Node) -> bool:
-    return _FACTORS[node.target](2.0) != 2.0
-
-
-def _is_one(node: fx.Node) -> bool:
-    """Whether a node is a tensor with one entry, and no more than one dimension."""
-    value = traced(node)
-    return isinstance(value, torch.Tensor) and value.dim() < 2 and math.prod(value.shape) == 1
 
 
 def _scaled(logits: Logits, factor: float) -> Logits | None:
@@ -209,11 +185,6 @@ def _alone(node: fx.Node, head: Head) -> bool:
     while len(node.users) == 1 and node is not head.node:
         node = next(a for a in node.all_input_nodes if shape_of(a))
     return len(node.users) == 1
-
-
-def _overwrites(user: fx.Node) -> bool:
-    in_place = (operator.imul, operator.itruediv, operator.iadd)
-    return user.target in in_place or str(user.target).endswith("_")
 
 
 def _normalised(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
@@ -234,6 +205,8 @@ def _shaped(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
         return None
     rank = len(before)
     target, args = user.target, loosely(user.args[1:])
+    if any(isinstance(a, torch.dtype) for a in args):  # the same memory, read as other numbers
+        return None
     whole = (
         target in _RESHAPES
         or (target in ("flatten", torch.flatten) and _flattens_rows(args, rank))
@@ -296,9 +269,9 @@ def rows_of(graph: fx.Graph, head: Head, logits: Logits, cache: dict[Any, fx.Nod
     for i, step in enumerate(logits.path):
         key = logits.path[: i + 1]
         if key not in cache:
-            if step.target in _FACTORS:
-                target = operator.truediv if _divides(step) else operator.mul
-                factor = next(n for n in reversed(step.all_input_nodes) if _is_one(n))
+            if step.target in FACTORS:
+                target = operator.truediv if divides(step) else operator.mul
+                factor = next(n for n in reversed(step.all_input_nodes) if is_one(n))
                 cache[key] = emit(graph, target, (node, factor), like=step)
             elif step.target in _RESHAPES:
                 sizes = loosely(step.args[1:])

@@ -39,6 +39,11 @@ class Loss:
     ignore_index: int = -100
     label_smoothing: float = 0.0
 
+    @property
+    def inputs(self) -> tuple[fx.Node | None, ...]:
+        """What it reads besides the logits."""
+        return self.target, self.weight, self.logits.bias
+
 
 def find_heads(graph: fx.Graph) -> list[Head]:
     """The linear layers whose product goes to something that may be a loss, in order."""

@@ -103,3 +103,16 @@ def test_symbolic_sizes_cost_what_the_traced_sizes_do() -> None:
         assert symbolic == dynamic
         prices.append((problem.forward_seconds, problem.keep_everything().peak_bytes))
     assert prices[0] == prices[1]
+
+
+def test_numbers_drawn_one_by_one_on_the_cpu_cost_more_than_exponentials() -> None:
+    graph = fx.Graph()
+    seed = graph.placeholder("seed")
+    seed.meta["val"] = torch.zeros((), dtype=torch.int64)
+    target = torch.ops.prims.inductor_random.default
+    drawn = graph.call_function(target, ([64, 64], seed, "rand"))
+    drawn.meta["val"] = torch.empty(64, 64)
+    exponentials = node(aten.exp.default, (64, 64))
+    for device, least in (("cpu", 10), ("h100", 2)):
+        cost = CostModel(DEVICES[device], fused=True)
+        assert cost.seconds(drawn) > least * cost.seconds(exponentials)

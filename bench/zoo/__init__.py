@@ -5,11 +5,11 @@ a configuration, with random weights and random inputs that depend on the seed a
 """
 
 from bench.zoo.model import (
+    FusedHead,
     Inputs,
     LossOnly,
     Model,
     Recipe,
-    TorchHead,
     checkpoint_blocks,
     loss_of,
     step,
@@ -18,11 +18,11 @@ from bench.zoo.table import MODELS
 
 __all__ = [
     "MODELS",
+    "FusedHead",
     "Inputs",
     "LossOnly",
     "Model",
     "Recipe",
-    "TorchHead",
     "checkpoint_blocks",
     "loss_of",
     "step",

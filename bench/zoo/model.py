@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -92,19 +91,24 @@ class LossOnly(nn.Module):
         return loss_of(self.model(**inputs))
 
 
-class TorchHead(nn.Module):
-    """A causal language model of `transformers` whose head and loss are torch's fused operator."""
+class FusedHead(nn.Module):
+    """A causal language model of `transformers` whose head and loss are one function.
 
-    def __init__(self, model: Any) -> None:
+    Args:
+        model: the language model.
+        loss: of hidden states, the head's weight and the next tokens.
+    """
+
+    def __init__(self, model: Any, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.model = model
+        self.loss = loss
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         model: Any = self.model
         hidden = model.model(input_ids=input_ids).last_hidden_state
-        weight = model.lm_head.weight
         rows, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        return F.linear_cross_entropy(rows, weight, targets)
+        return self.loss(rows, model.lm_head.weight, targets)
 
 
 def checkpoint_blocks(module: nn.Module) -> None:

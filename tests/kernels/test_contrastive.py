@@ -1,6 +1,7 @@
 """The chunked contrastive loss against the whole matrix of similarities."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from bench.meter import Meter
 from memopt.errors import DoubleBackwardError
-from memopt.kernels.contrastive import Arguments
+from memopt.kernels import scratch_table
+from memopt.kernels.contrastive import Arguments, scratch_bytes
 from tests import references
 from tests.references import (
     LOW_PRECISION,
@@ -197,6 +199,49 @@ def test_torch_finds_the_operator_in_order(
     x, y, scale = (t.requires_grad_(on) for t, on in zip(pairs(dtype=dtype), trained, strict=True))
     a = arguments(x, y, scale, both)
     torch.library.opcheck(torch.ops.memopt.contrastive.default, a)
+
+
+def scratch_of(call: Callable[[], object]) -> int:
+    """Bytes that a call allocates and frees again, measured."""
+    call()
+    with Meter() as meter:
+        result = call()
+    del result
+    return meter.peak_bytes - meter.end_bytes
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [
+        *(((300, 300, 64, 100), dtype) for dtype in (torch.float64, *LOW_PRECISION)),
+        *(((1500, 1500, 8, 1500), dtype) for dtype in (torch.float32, torch.bfloat16)),
+        ((50, 4000, 16, 9), torch.float32),
+    ],
+    ids=str,
+)
+def test_what_it_allocates_is_what_the_formula_says(
+    both: bool, sizes: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    rows, others, size, chunk_rows = sizes
+    x, y, scale = pairs(rows, rows if both else others, size, dtype=dtype)
+    z = x.new_empty(min(rows, chunk_rows), len(y))
+    own = x[: len(z)]
+    library = 0
+    if dtype == torch.bfloat16:  # whose operands the library lays out anew inside of each product
+        library = max(
+            scratch_of(lambda: torch.mm(own, y.t(), out=z)),
+            scratch_of(lambda: torch.mm(z, y)),
+            scratch_of(lambda: torch.mm(z.t(), own)),
+        )
+    for trained in [(0, 0, 0), (1, 1, 1), (0, 0, 1)]:
+        a = Arguments(x, y, scale, chunk_rows, [bool(on) for on in trained], both)
+        beside = scratch_of(partial(torch.ops.memopt.contrastive, *a)) - scratch_bytes(*a)
+        assert -4096 <= beside <= library + 4096, trained
+
+
+def test_the_planner_knows_the_formula() -> None:
+    assert scratch_table()["memopt.contrastive"] is scratch_bytes
 
 
 @pytest.mark.gpu

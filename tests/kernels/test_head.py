@@ -21,10 +21,14 @@ def test_few_classes_get_as_many_rows_as_stay_in_cache() -> None:
     assert default_chunk_rows(10**6, 100, torch.device("cpu")) == block_rows(100, 4) > 256
 
 
-def test_the_rows_are_never_all_in_one_chunk_but_where_they_are_few() -> None:
+def test_few_classes_do_not_make_the_logits_whole() -> None:
     cpu = torch.device("cpu")
-    assert default_chunk_rows(512, 128_256, cpu) == default_chunk_rows(512, 300, cpu) == 128
-    assert default_chunk_rows(40, 128_256, cpu) == 32
+    assert default_chunk_rows(4096, 100, cpu) == 1024
+    assert default_chunk_rows(512, 128_256, cpu) == default_chunk_rows(512, 300, cpu) == 256
+
+
+def test_few_rows_are_one_chunk_which_products_need() -> None:
+    assert default_chunk_rows(128, 50_000, torch.device("cpu")) == 128
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7])

@@ -360,6 +360,30 @@ def test_what_it_allocates_is_what_the_formula_says_whatever_is_ignored(
     del result
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("target_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("smoothing", "weighted"), [(0.0, False), (0.1, False), (0.1, True)])
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_formula_knows_what_distributions_as_targets_cost(
+    dtype: torch.dtype,
+    target_dtype: torch.dtype,
+    smoothing: float,
+    weighted: bool,
+    trained: bool,
+) -> None:
+    x, w = torch.randn(60, 32, dtype=dtype), torch.randn(20000, 32, dtype=dtype)
+    target = torch.randn(60, 20000).softmax(1).to(target_dtype)
+    weight = torch.rand(20000) if weighted else None
+    wanted = [trained, trained, False]
+    args = (x, w, None, target, weight, -100, smoothing, 1.0, 0.0, 20, wanted, True)
+    kernel.REDUCED(*args)
+    with Meter("cpu") as meter:
+        result = kernel.REDUCED(*args)
+    measured = meter.peak_bytes - meter.end_bytes
+    assert abs(kernel.scratch_bytes(*args) - measured) <= measured // 100 + 4096
+    del result
+
+
 @pytest.mark.parametrize("flipped", ["x", "weight"])
 def test_results_are_contiguous_whatever_the_strides_of_the_inputs(flipped: str) -> None:
     x, w = torch.randn(6, 4), torch.randn(9, 4)

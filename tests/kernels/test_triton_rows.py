@@ -79,16 +79,17 @@ class Rows:
         return replace(self, raw=self.raw.double(), loss=loss, g=g, h=h)
 
     def kernel(self) -> list[Tensor]:
-        """Values, log-sum-exps and gradients, or what is left of the products."""
+        """Values, log-sum-exps and, where there is an upstream one, gradients."""
         raw = self.raw.clone()
         result = triton_rows.run(raw, self.loss, self.scale, self.softcap, self.g, self.h)
-        return [*result, raw]
+        return [*result, raw] if self.g is not None else [*result]
 
     def eager(self) -> list[Tensor]:
         raw = self.raw.clone()
         layer = Head(raw, raw, None, self.scale, self.softcap)
         every = slice(0, len(raw))
-        return [*_eager_rows(layer, self.loss, raw, every, self.g, self.h), raw]
+        result = _eager_rows(layer, self.loss, raw, every, self.g, self.h)
+        return [*result, raw] if self.g is not None else [*result]
 
 
 def _eager_rows(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -307,7 +308,9 @@ def test_the_rows_of_a_head_go_through_it(
     mine, plain = whole.raw[rows].clone(), whole.raw[rows].clone()
     actual = run_rows(layer, whole.loss, mine, rows, *upstream)
     expected = _eager_rows(layer, whole.loss, plain, rows, *upstream)
-    torch.testing.assert_close((*actual, mine), (*expected, plain))
+    torch.testing.assert_close(actual, expected)
+    if trained:
+        torch.testing.assert_close(mine, plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -14,6 +14,7 @@ from memopt.lazy_logits import LazyLogits
 from memopt.passes import PRE_GRAD
 from memopt.pipeline import PassContext, Pipeline
 from memopt.record import GraphRecord
+from tests import references
 
 TOKENS, HIDDEN, CLASSES = 24, 16, 307
 BATCH = (4, 6)
@@ -82,6 +83,20 @@ def ratio(i: Inputs) -> Tensor:
     with torch.no_grad():
         old = log_probs(logits, i.known)
     return ((log_probs(logits, i.known) - old).exp() * i.mask).sum()
+
+
+def stacked(z: Tensor, y: Tensor) -> Tensor:
+    """A log-sum-exp for each sequence by itself, as trainers write it to save memory."""
+    values = torch.gather(z, dim=-1, index=y.unsqueeze(-1)).squeeze(-1)
+    return values - torch.stack([torch.logsumexp(rows, dim=-1) for rows in z])
+
+
+def stacked_log_probs(z: Tensor, y: Tensor) -> Tensor:
+    rows = [
+        F.log_softmax(own, dim=-1).gather(dim=-1, index=labels.unsqueeze(-1)).squeeze(-1)
+        for own, labels in zip(z, y, strict=True)
+    ]
+    return torch.stack(rows)
 
 
 def relu_in_place(i: Inputs) -> Tensor:
@@ -156,6 +171,14 @@ FORMS: dict[str, Function] = {
     ),
     "log-probabilities": lambda i: (log_probs(F.linear(i.x, i.w), i.known) * i.mask).sum(),
     "selected log-probabilities": lambda i: (selected(F.linear(i.x, i.w), i.known) * i.mask).sum(),
+    "stacked log-sum-exps": lambda i: (stacked(F.linear(i.x, i.w), i.known) * i.mask).sum(),
+    "stacked log-probabilities": lambda i: (
+        stacked_log_probs(F.linear(i.x, i.w), i.known) * i.mask
+    ).sum(),
+    "stacked out of order": lambda i: (
+        torch.stack([torch.logsumexp(rows, -1) for rows in reversed(list(F.linear(i.x, i.w)))])
+        * i.mask
+    ).sum(),
     "part of a larger loss": lambda i: 3 * shifted(F.linear(i.x, i.w), i.y) ** 2 + i.x.mean(),
     "one token per sequence": lambda i: F.cross_entropy(F.linear(i.x[:, -1], i.w), i.known[:, 0]),
     "tied to an embedding": lambda i: shifted(F.linear(i.x + F.embedding(i.known, i.w), i.w), i.y),
@@ -279,6 +302,28 @@ DECLINED: dict[str, tuple[Function, str]] = {
         lambda i: F.cross_entropy(flat(F.linear(i.x, i.w) * -1.0), i.y.view(-1)),
         "also read by",
     ),
+    "the memory read as another dtype": (
+        lambda i: (
+            F.cross_entropy(
+                flat(F.linear(i.x, i.w).detach().view(torch.int64).view(torch.float64)),
+                i.y.view(-1),
+            )
+            + i.x.sum()
+        ),
+        "also read by view",
+    ),
+    "quantised to eight bits": (
+        lambda i: F.cross_entropy(
+            flat(F.linear(i.x, i.w).to(torch.float8_e4m3fn).to(torch.float64)), i.y.view(-1)
+        ),
+        "also read by",
+    ),
+    "one loss is the bias of another": (
+        lambda i: F.cross_entropy(
+            (z := F.linear(i.w, i.w)) + torch.logsumexp(z, -1), torch.arange(CLASSES) % 7
+        ),
+        "one loss on the logits is an input of another",
+    ),
     "factor per class": (
         lambda i: F.cross_entropy(flat(F.linear(i.x, i.w) * i.weight), i.y.view(-1)),
         "also read by",
@@ -305,50 +350,16 @@ def test_what_cannot_be_served_is_left_alone_with_the_reason(form: str) -> None:
     assert_close(gradients(actual, inputs), wanted)
 
 
-PAIRS = 300
-
-
-def clip(i: Inputs, scale: Tensor) -> Tensor:
-    """As open_clip writes it: both directions, each with its own product."""
-    x, y = F.normalize(i.x, dim=-1), F.normalize(i.w, dim=-1)
-    labels = torch.arange(PAIRS)
-    by_image, by_text = scale * x @ y.T, scale * y @ x.T
-    return (F.cross_entropy(by_image, labels) + F.cross_entropy(by_text, labels)) / 2
-
-
-def transposed(i: Inputs, scale: Tensor) -> Tensor:
-    """The second direction is the transpose of the first."""
-    similarities = scale * (i.x @ i.w.t())
-    labels = torch.arange(PAIRS)
-    return (F.cross_entropy(similarities, labels) + F.cross_entropy(similarities.mT, labels)) / 2
-
-
-@pytest.mark.parametrize("function", [clip, transposed])
-def test_contrastive_losses_never_hold_the_similarities(function: Any) -> None:
-    inputs = Inputs()
-    inputs.x = torch.randn(PAIRS, 8, dtype=torch.float64, requires_grad=True)
-    inputs.w = torch.randn(PAIRS, 8, dtype=torch.float64, requires_grad=True)
-    sizes: list[int] = []
-    expected = function(inputs, inputs.temperature)
-    wanted = gradients(expected, inputs)
-    actual, (record,) = run_compiled(function, inputs, inputs.temperature)
-    assert record.rewrites["chunk_losses"] == (2 if function is clip else 1), record.remarks
-    torch.testing.assert_close(actual, expected)
-    assert_close(gradients(actual, inputs), wanted)
-
-    def backend(gm: fx.GraphModule, _: Any) -> Any:
-        Pipeline("pre_grad", PRE_GRAD).run(gm, PassContext(read_options(options())))
-        values = [n.meta.get("example_value") for n in gm.graph.nodes]
-        sizes.extend(v.numel() for v in values if isinstance(v, Tensor))
-        return gm.forward
-
-    torch._dynamo.reset()
-    compiled: Any = torch.compile(function, backend=backend)
-    compiled(inputs, inputs.temperature)
-    assert max(sizes) < PAIRS * PAIRS
-
-
-@pytest.mark.parametrize("form", ["z-loss", "z-loss, weighted", "selected log-probabilities"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "z-loss",
+        "z-loss, weighted",
+        "selected log-probabilities",
+        "stacked log-sum-exps",
+        "stacked log-probabilities",
+    ],
+)
 def test_readers_of_the_same_rows_share_one_operator(form: str) -> None:
     calls: list[str] = []
 
@@ -445,6 +456,49 @@ def test_autocast_computes_in_its_dtype() -> None:
         assert (a - truth).abs().max() <= 1.5 * (e - truth).abs().max()
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("back", [False, True])
+def test_logits_rounded_before_the_loss_are_as_near_to_float64_as_eagers(
+    narrow: torch.dtype, back: bool
+) -> None:
+    y = torch.randint(0, CLASSES, (TOKENS,))
+
+    def rounded(x: Tensor, w: Tensor) -> Tensor:
+        z = F.linear(x, w).to(narrow)
+        return F.cross_entropy(z.float() if back else z, y)
+
+    def exact(x: Tensor, w: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, w), y)
+
+    def compiled(x: Tensor, w: Tensor) -> Tensor:
+        torch._dynamo.reset()
+        value, (record,) = run_compiled(rounded, x, w)
+        assert record.rewrites["chunk_losses"] == 1
+        assert isinstance(value, Tensor)
+        return value
+
+    def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        inputs = [torch.randn(TOKENS, HIDDEN), torch.randn(CLASSES, HIDDEN)]
+        truth = references.run(exact, references.doubles(inputs))
+        return references.run(compiled, inputs), truth, references.run(rounded, inputs)
+
+    references.assert_draws_within_reference_error(draw)
+
+
+def test_a_head_may_read_what_takes_the_place_of_another_ones_loss() -> None:
+    def function(i: Inputs) -> Tensor:
+        normaliser = torch.logsumexp(F.linear(i.x, i.w), -1)
+        return F.cross_entropy(F.linear(normaliser, i.w[:, : BATCH[1]]), i.known[:, 0])
+
+    inputs = Inputs()
+    expected = function(inputs)
+    wanted = gradients(expected, inputs)
+    actual, (record,) = run_compiled(function, inputs)
+    assert record.rewrites["chunk_losses"] == 2
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    assert_close(gradients(actual, inputs), wanted)
+
+
 class Model(nn.Module):
     """A head whose logits are returned, as language models do."""
 
@@ -495,6 +549,21 @@ def test_returned_logits_can_be_dropped_kept_or_left_whole(model: Model) -> None
         if returned is not None:
             torch.testing.assert_close(returned, logits)
             assert returned.requires_grad == (mode == "full")
+
+
+def test_logits_that_are_read_behind_a_graph_break_are_lazy_and_not_none() -> None:
+    def function(i: Inputs) -> tuple[Tensor, Tensor]:
+        logits = F.linear(i.x, i.w)
+        loss = F.cross_entropy(flat(logits), i.y.view(-1))
+        torch._dynamo.graph_break()
+        return loss, logits.argmax(-1)
+
+    inputs = Inputs()
+    expected = function(inputs)
+    actual, (record, *_) = run_compiled(function, inputs, logits="none")
+    assert record.rewrites["chunk_losses"] == 1
+    assert any("returned logits: lazy" in remark.text for remark in record.remarks)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_an_optimiser_step_makes_lazy_logits_stale(model: Model) -> None:

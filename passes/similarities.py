@@ -1,0 +1,158 @@
+"""Finds the cross-entropies of one matrix of similarities that are taken in both directions."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from typing import Any
+
+import torch.nn.functional as F
+from torch import fx
+
+from memopt.emit import same_shape, shape_of, traced
+from memopt.passes.heads import find_head, loosely, untransposed
+from memopt.passes.logits import Logits
+from memopt.passes.row_losses import Loss, find_loss
+from memopt.passes.steps import FACTORS, PLAIN, cast_of, divides, is_one, overwrites
+
+
+@dataclass(frozen=True)
+class Scale:
+    """``number * tensor``, or ``number / tensor``.
+
+    Attributes:
+        number: product of all constant factors.
+        tensor: with one element, or None for 1.
+        divides: whether the tensor is below the line.
+    """
+
+    number: float = 1.0
+    tensor: fx.Node | None = None
+    divides: bool = False
+
+    def times(self, factor: Any, step: fx.Node) -> "Scale | None":
+        """With the factor of one more step; None for a second tensor."""
+        if not isinstance(factor, fx.Node):
+            number = self.number * FACTORS[step.target](float(factor))
+            return Scale(number, self.tensor, self.divides) if math.isfinite(number) else None
+        fits = traced(factor).device == traced(step).device and traced(factor).is_floating_point()
+        return Scale(self.number, factor, divides(step)) if fits and not self.tensor else None
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One cross-entropy of ``scale * x @ y.T``.
+
+    Attributes:
+        loss: the cross-entropy.
+        x, y: embeddings `(N, D)`.
+        scale: every factor between them and the loss.
+        scaled: the nodes that scale embeddings.
+        similarities: the nodes that hold the `(N, N)` similarities, the product last.
+    """
+
+    loss: Loss
+    x: fx.Node
+    y: fx.Node
+    scale: Scale
+    scaled: tuple[fx.Node, ...]
+    similarities: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both directions of one loss, the first in the graph first."""
+
+    a: Direction
+    b: Direction
+
+    @property
+    def size(self) -> Any:
+        """``N``."""
+        return shape_of(self.a.x)[0]
+
+    @property
+    def losses(self) -> tuple[fx.Node, fx.Node]:
+        return self.a.loss.node, self.b.loss.node
+
+    @cached_property
+    def similarities(self) -> set[fx.Node]:
+        """Every node that holds them, and those that are nothing but their transpose or cast."""
+        found = {*self.a.similarities, *self.b.similarities}
+        todo = list(found)
+        while todo:
+            for user in todo.pop().users:
+                if user not in found and (untransposed(user) or _converted(user)):
+                    found.add(user)
+                    todo.append(user)
+        return found
+
+
+def find_pairs(graph: fx.Graph) -> list[Pair]:
+    """The losses in both directions, in order."""
+    directions = list(_directions(graph))
+    pairs, used = [], set[fx.Node]()
+    for a, b in combinations(directions, 2):
+        opposite = (a.x, a.y, a.scale) == (b.y, b.x, b.scale)
+        if opposite and used.isdisjoint(own := {a.loss.node, b.loss.node}):
+            pairs.append(Pair(a, b))
+            used |= own
+    return pairs
+
+
+def _directions(graph: fx.Graph) -> Iterator[Direction]:
+    for node in graph.find_nodes(op="call_function", target=F.cross_entropy):
+        source = loosely(node.args[0] if node.args else node.kwargs.get("input"))
+        if isinstance(source, fx.Node) and len(shape_of(source)) == 2:
+            loss = find_loss(node, Logits(source))
+            direction = None if loss is None else _direction(loss)
+            if direction is not None:
+                yield direction
+
+
+def _direction(loss: Loss) -> Direction | None:
+    """Walk from a loss back to the product, and on to the embeddings."""
+    node, scale, flips, nodes = loss.logits.node, Scale(), False, list[fx.Node]()
+    while (head := find_head(node)) is None:
+        nodes.append(node)
+        if (found := _unscaled(node, scale)) is not None:
+            node, scale = found
+        elif (inner := untransposed(node)) is not None:
+            node, flips = inner, not flips
+        elif (inner := _converted(node)) is not None:
+            node = inner
+        else:
+            return None
+    ends, scaled = [], list[fx.Node]()
+    for end in (head.hidden, head.weight):
+        while (found := _unscaled(end, scale)) is not None:
+            scaled.append(end)
+            end, scale = found
+        ends.append(end)
+    x, y = reversed(ends) if flips else ends
+    plain = head.bias is None and not head.transposed and len(shape_of(x)) == 2
+    if not plain or not same_shape(shape_of(x), shape_of(y)):
+        return None
+    return Direction(loss, x, y, scale, tuple(scaled), (*nodes, head.node))
+
+
+def _converted(node: fx.Node) -> fx.Node | None:
+    """What a node copies or casts."""
+    if node.target in PLAIN and node.args and isinstance(node.args[0], fx.Node):
+        return node.args[0]
+    return cast_of(node)
+
+
+def _unscaled(node: fx.Node, scale: Scale) -> tuple[fx.Node, Scale] | None:
+    """What ``c * z`` or ``z / c`` scales, and the scale with ``c``; ``c`` has one element."""
+    if node.target not in FACTORS or node.kwargs or len(node.args) != 2 or overwrites(node):
+        return None
+    left, right = loosely(node.args)
+    if not divides(node) and (not isinstance(left, fx.Node) or is_one(left)):
+        left, right = right, left
+    constant = is_one(right) if isinstance(right, fx.Node) else isinstance(right, (int, float))
+    if not (constant and isinstance(left, fx.Node)) or len(shape_of(left)) != 2:
+        return None
+    after = scale.times(right, node)
+    return None if after is None else (left, after)

@@ -1,0 +1,62 @@
+"""What one node of a Dynamo graph does to a tensor: casts it, scales it, transposes it."""
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from memopt.emit import traced
+
+PLAIN = frozenset({"contiguous", "clone"})
+TRANSPOSES = frozenset({torch.transpose, "transpose", torch.swapaxes, "swapaxes", "mT"})
+FACTORS: Mapping[Any, Callable[[float], float]] = {
+    target: function
+    for targets, function in (
+        ((operator.mul, operator.imul, torch.mul, "mul", "mul_"), lambda c: c),
+        (
+            (operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_"),
+            lambda c: 1 / c if c else math.inf,
+        ),
+    )
+    for target in targets
+}
+_CASTS = frozenset({"float", "half", "bfloat16", "double", "to", "type", "type_as"})
+_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+def cast_of(node: fx.Node) -> fx.Node | None:
+    """What a node converts to another of the usual floating-point dtypes, on the same device.
+
+    An 8-bit float keeps two or three bits of the fraction. That is a quantisation, which a
+    model means to have, and no cast.
+    """
+    source = node.args[0] if node.target in _CASTS and node.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    before, after = traced(source), traced(node)
+    tensors = isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)
+    return source if tensors and _alike(before, after) else None
+
+
+def _alike(before: torch.Tensor, after: torch.Tensor) -> bool:
+    return before.device == after.device and {before.dtype, after.dtype} <= _FLOATS
+
+
+def divides(node: fx.Node) -> bool:
+    """Whether one of the ``FACTORS`` divides."""
+    return FACTORS[node.target](2.0) != 2.0
+
+
+def is_one(node: fx.Node) -> bool:
+    """Whether a node is a tensor with one entry, and no more than one dimension."""
+    value = traced(node)
+    return isinstance(value, torch.Tensor) and value.dim() < 2 and math.prod(value.shape) == 1
+
+
+def overwrites(node: fx.Node) -> bool:
+    """Whether a step writes its result over its input."""
+    in_place = (operator.imul, operator.itruediv, operator.iadd)
+    return node.target in in_place or str(node.target).endswith("_")
