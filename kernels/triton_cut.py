@@ -64,7 +64,7 @@ def log_sum_exps_kernel(
         return
     rows = tile * ROWS + tl.arange(0, ROWS)
     known = rows < N
-    own = tl.load(target + rows, mask=known, other=-1)
+    own = tl.load(target + rows, mask=known, other=-1).to(tl.int32)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     hit = tl.zeros((ROWS,), tl.float32)
@@ -82,7 +82,7 @@ def log_sum_exps_kernel(
             share = inside.to(tl.float32)
             if class_weight is not None:
                 share = tl.load(class_weight + classes, mask=inside, other=0.0)
-            sums += tl.sum(tl.where(inside[None, :], z * share[None, :], 0.0), 1)
+            sums += tl.sum(z * share[None, :], 1)
         z = tl.where(inside[None, :], z, float("-inf"))
         higher = tl.maximum(top, tl.max(z, 1))
         finite = tl.where(higher == float("-inf"), 0.0, higher)

@@ -21,20 +21,23 @@ CLASSES, WIDTH, TOKENS = 6000, 8, 256
 class Head(nn.Module):
     """Little but a head: its loss holds the peak."""
 
-    def __init__(self, width: int = WIDTH) -> None:
+    def __init__(self, width: int = WIDTH, classes: int = CLASSES) -> None:
         super().__init__()
-        self.head = nn.Linear(width, CLASSES, bias=False)
+        self.head = nn.Linear(width, classes, bias=False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(self.head(x), y)
 
 
 def made(
-    tokens: int = TOKENS, width: int = WIDTH, dtype: torch.dtype = torch.float32
+    tokens: int = TOKENS,
+    width: int = WIDTH,
+    classes: int = CLASSES,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Head, Tensor, Tensor]:
     torch.manual_seed(0)
     x = torch.randn(tokens, width, dtype=dtype)
-    return Head(width).to(dtype), x, torch.randint(0, CLASSES, (tokens,))
+    return Head(width, classes).to(dtype), x, torch.randint(0, classes, (tokens,))
 
 
 def peak(budget: Any, *head: Any) -> int:
@@ -91,7 +94,7 @@ def test_below_the_smallest_chunk_there_are_no_logits_where_the_operator_can_do_
     from memopt.kernels import cut_launches
 
     monkeypatch.setattr(cut_launches, "kernels", IdleKernels())
-    head = 4096, 256, torch.bfloat16
+    head = 1024, 64, 50_000, torch.bfloat16
     by_chunks = peak("min", *head)
     torch._dynamo.reset()
     run = Mock(side_effect=cut_cross_entropy.run)

@@ -465,10 +465,14 @@ def logits_arguments(dtype: torch.dtype, shape: tuple[int, int, int], tiles: Til
     }  # fmt: skip
 
 
-def forward_build(dtype: torch.dtype, shape: tuple[int, int, int], tiles: Tiles) -> Any:
-    shared = logits_arguments(dtype, shape, tiles)
-    turns = cut.PART // tiles.columns
-    return triton_cut.log_sum_exps_kernel, {**shared, "picked": F32, "spread": F32, "TURNS": turns}
+def forward_build(
+    dtype: torch.dtype, shape: tuple[int, int, int], tiles: Tiles, *, smoothed: bool
+) -> Any:
+    columns = cut_launches.forward_columns(tiles, smoothed=smoothed)
+    return triton_cut.log_sum_exps_kernel, {
+        **logits_arguments(dtype, shape, tiles), "picked": F32,
+        "spread": F32 if smoothed else None, "TURNS": cut.PART // columns, "CLASSES": columns,
+    }  # fmt: skip
 
 
 def gradient_build(dtype: torch.dtype, shape: tuple[int, int, int], tiles: Tiles) -> Any:
@@ -497,7 +501,8 @@ def product_build(
 
 
 BUILDS: dict[str, Callable[..., Any]] = {
-    "forward": forward_build,
+    "forward": functools.partial(forward_build, smoothed=False),
+    "smoothed forward": functools.partial(forward_build, smoothed=True),
     "gradient": gradient_build,
     "hidden states": product_build,
     "weight": functools.partial(product_build, flipped=True),
