@@ -115,7 +115,10 @@ def _prepare(
 ) -> None:
     """Start the peer's worker and fill the row with what its first steps showed."""
     peaks = {name: r.peak_bytes for name, r in rows.items() if r.peak_bytes is not None}
-    if (reason := peer.unavailable(row.device)) is not None:
+    reason = peer.unavailable(row.device)
+    if reason is None and row.case.size == "bench" and not peer.is_timed_on(row.device):
+        reason = "its kernels are interpreted here, which takes minutes at this size"
+    if reason is not None:
         row.status, row.error = "skipped", reason
         return
     reference_peer = "inductor" if row.case.has_dropout else "eager"

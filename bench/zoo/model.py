@@ -31,7 +31,7 @@ class Model:
     Attributes:
         name: the key in ``MODELS``.
         sizes: recipes by size; ``"tiny"`` is for tests (a step takes well under two seconds),
-            ``"bench"`` has activations worth saving (50 to 600 MB).
+            ``"bench"`` has activations worth saving (50 to 600 MB), ``"small"`` is between.
         tags: what the entry exercises: ``transformer``, ``conv``, ``dropout``, ``functorch``,
             ``hugging_face``, ``graph_break``, ``custom_op``, ``mutation``, ``float32_only`` (an
             operator of it has no float64), ``inductor_fails`` (stock Inductor of torch 2.13

@@ -21,6 +21,7 @@ _ENTRIES = (
     _model("llama_b", _CAUSAL,
         bench=hugging_face.llama(8, 2048, 256, 768, 8, 4, batch=4, length=512)),
     _model("llama_head", _CAUSAL,
+        small=hugging_face.llama(1, 16000, 64, 128, 4, 2, batch=1, length=256),
         bench=hugging_face.llama(2, 128256, 512, 1536, 8, 4, batch=1, length=1024)),
     _model("qwen3", _CAUSAL,
         tiny=hugging_face.qwen3(2, 512, 64, 128, 4, 2, batch=2, length=64),
