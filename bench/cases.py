@@ -46,6 +46,7 @@ _HEADLINE = (
     Case(name="llama_b_dropped", model="llama_b", outputs="dropped", peers=ALL),
     Case(name="llama_head", model="llama_head", peers=HEADS),
     Case(name="llama_head_bf16", model="llama_head", peers=HEADS, dtype="bfloat16"),
+    Case(name="clip_head", model="clip_head", peers=QUICK),
 )
 _TABLE = (
     *_HEADLINE,

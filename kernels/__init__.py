@@ -9,17 +9,19 @@ if __name__ != "memopt.kernels":
 import functools
 from collections.abc import Callable, Mapping
 
-_NAME = "memopt.linear_cross_entropy"
-_CROSS_ENTROPIES = (_NAME, f"{_NAME}_rows", f"{_NAME}_rows_backward")
+_FORMS = ("", "_rows", "_rows_backward")
+_CROSS_ENTROPIES = [f"memopt.linear_cross_entropy{form}" for form in _FORMS]
+_DIVERGENCES = [f"memopt.linear_divergence{form}" for form in _FORMS]
 
 
 @functools.cache
 def scratch_table() -> Mapping[str, Callable[..., int]]:
     """What each operator allocates besides its results, in bytes, from its arguments."""
-    from memopt.kernels import contrastive, embedding_gradient, linear_cross_entropy
+    from memopt.kernels import contrastive, divergence, embedding_gradient, linear_cross_entropy
 
     return {
         **dict.fromkeys(_CROSS_ENTROPIES, linear_cross_entropy.scratch_bytes),
+        **dict.fromkeys(_DIVERGENCES, divergence.scratch_bytes),
         "memopt.contrastive": contrastive.scratch_bytes,
         "memopt.embedding_gradient": embedding_gradient.scratch_bytes,
     }

@@ -58,7 +58,7 @@ TILES = {
     "half": Tiles(128, 128, 64, 8, 3),
     "float32": Tiles(64, 64, 16, 4, 2),
     "tf32": Tiles(64, 64, 32, 8, 3, "tf32"),
-    "ragged half": Tiles(32, 32, 32, 4, 2),
+    "ragged half": Tiles(64, 64, 32, 8, 2),
     "ragged float32": Tiles(32, 32, 16, 4, 2),
 }
 

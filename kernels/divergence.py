@@ -1,57 +1,56 @@
-"""Distillation from a teacher's head, by chunks of rows: neither head's logits ever exist.
+"""Distillation from a teacher, by chunks of rows: the student's logits never exist.
 
 Each chunk takes the student's product and the teacher's, turns the student's logits into their
-gradient in place, and takes the two products that bring this to the student's inputs. With
-``p`` the student's distribution of a row and ``q`` the teacher's, ``beta`` selects one divergence
-of a family:
+gradient in place, and takes the two products that bring this to the student's inputs. The
+teacher is a head, or logits that are at hand. Which divergence is the business of
+``memopt.kernels.teachers``.
 
-- 0: forward, ``KL(q || p) = sum_v q_v (log q_v - log p_v)``;
-- 1: reverse, ``KL(p || q)``;
-- between: generalised Jensen-Shannon, ``beta KL(q || m) + (1 - beta) KL(p || m)`` with
-  ``m = beta q + (1 - beta) p``. Its limits at 0 and 1 are zero, which is why the ends stand for
-  the divergences that it tends to once divided by ``beta`` or ``1 - beta``.
+Two forms. ``linear_divergence`` reduces to a scalar and computes the gradients in the forward:
+four products with the teacher's. ``linear_divergence_rows`` returns a value per row, whose
+upstream gradient is not known in advance: its backward makes both heads' logits again.
 
-Pays: where ``N * V`` is large against ``N * H`` and ``V * H``. Does not: with few classes, or
-where the teacher's logits are at hand anyway.
+Pays: where ``N * V`` is large against ``N * H`` and ``V * H``. Does not: with few classes.
 
 Legend: ``N`` tokens, ``H`` hidden size, ``V`` vocabulary, ``C`` rows of a chunk, ``R`` rows of a
 block.
 
-Source: the family and its convention are generalised knowledge distillation's (Agarwal et al.,
-2024, arXiv:2306.13649), as TRL's ``GKDTrainer`` computes it.
+Source: see ``memopt.kernels.teachers`` and ``memopt.kernels.linear_cross_entropy``.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from memopt._torch import size_hint
 from memopt.errors import ConfigError
 from memopt.kernels import forward_gradients, inputs
+from memopt.kernels.forward_gradients import refuse_double_backward
 from memopt.kernels.head import HALF_UNIT, Head, run_chunks
-from memopt.kernels.rows import BlockLoss
+from memopt.kernels.head import scratch_bytes as head_scratch_bytes
+from memopt.kernels.rows import RowLoss
+from memopt.kernels.teachers import FromHead, FromLogits, blocks
+
+Three = tuple[Tensor, Tensor, Tensor]
 
 
 class Arguments(NamedTuple):
-    """What the operator takes, in the order of its schema.
+    """What all operators of this file take, in the order of ``_SCHEMA``.
 
     Attributes:
         x: the student's hidden states `(N, H)`.
         weight: `(V, H)`.
         bias: `(V,)` or None.
-        teacher_x: the teacher's hidden states `(N, H')`.
-        teacher_weight: `(V, H')`.
+        teacher_x: the teacher's hidden states `(N, H')`, or its logits `(..., V)` in `N` rows.
+        teacher_weight: `(V, H')`, or None for logits.
         teacher_bias: `(V,)` or None.
         target: classes `(N,)`, int64, read only to leave rows out; or None.
         ignore_index: rows with this class count for nothing.
         beta: which divergence, in ``[0, 1]``.
+        cross: whether the forward one leaves out the teacher's entropy.
         scale: factor on the student's product and on the teacher's.
         softcap: bound on the student's logits and on the teacher's; 0 for none.
-        reduction: ``"batchmean"`` over rows, ``"mean"`` over rows and classes, or ``"sum"``.
         chunk_rows: rows whose logits exist at a time.
         wanted: whether the gradients of ``x``, ``weight`` and ``bias`` are.
     """
@@ -60,14 +59,14 @@ class Arguments(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     teacher_x: Tensor
-    teacher_weight: Tensor
+    teacher_weight: Tensor | None
     teacher_bias: Tensor | None
     target: Tensor | None
     ignore_index: int
     beta: float
+    cross: bool
     scale: Sequence[float]
     softcap: Sequence[float]
-    reduction: str
     chunk_rows: int
     wanted: Sequence[bool]
 
@@ -76,55 +75,161 @@ class Arguments(NamedTuple):
         return Head(self.x, self.weight, self.bias, self.scale[0], self.softcap[0])
 
     @property
-    def teacher(self) -> Head:
-        own = (self.teacher_x, self.teacher_weight, self.teacher_bias)
-        return Head(*own, self.scale[1], self.softcap[1])
+    def loss(self) -> RowLoss:
+        """Of a row; with buffers of a chunk's size where the teacher's logits are to be made."""
+        options = self.scale[1], self.softcap[1]
+        if self.teacher_weight is None:
+            teacher = Head(self.teacher_x, self.teacher_x, None, *options)
+            return FromLogits(teacher, self.beta, self.cross)
+        teacher = Head(self.teacher_x, self.teacher_weight, self.teacher_bias, *options)
+        return FromHead.of(teacher, self.beta, cross=self.cross, chunk_rows=self.chunk_rows)
 
 
-_NAME = "memopt::linear_divergence"
-torch.library.define(
-    _NAME,
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor teacher_x, Tensor teacher_weight, "
-    "Tensor? teacher_bias, Tensor? target, int ignore_index, float beta, float[2] scale, "
-    "float[2] softcap, str reduction, SymInt chunk_rows, bool[3] wanted) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+_SCHEMA = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor teacher_x, Tensor? teacher_weight, "
+    "Tensor? teacher_bias, Tensor? target, int ignore_index, float beta, bool cross, "
+    "float[2] scale, float[2] softcap, SymInt chunk_rows, bool[3] wanted"
 )
+_NAME = "memopt::linear_divergence"
+_REDUCED = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+torch.library.define(_NAME, f"({_SCHEMA}, str reduction) -> {_REDUCED}")
+torch.library.define(f"{_NAME}_rows", f"({_SCHEMA}) -> Tensor")
+torch.library.define(
+    f"{_NAME}_rows_backward", f"({_SCHEMA}, Tensor g) -> (Tensor, Tensor, Tensor)"
+)
+
+REDUCED = torch.ops.memopt.linear_divergence.default
+ROWS = torch.ops.memopt.linear_divergence_rows.default
+ROWS_BACKWARD = torch.ops.memopt.linear_divergence_rows_backward.default
+_TENSORS = Arguments._fields.index("ignore_index")
 
 
 @torch.library.impl(_NAME, "default")
-def _divergence(*args: Any) -> tuple[Tensor, ...]:
-    """The reduced divergence, its gradients, and the factor that these still lack."""
-    a = Arguments(*args)
+def _reduced(*args: Any) -> tuple[Tensor, ...]:
+    """The reduced divergence, its gradients, and the factor that these still lack.
+
+    The reduction is ``"batchmean"`` over rows, ``"mean"`` over rows and classes, or ``"sum"``.
+    """
+    *shared, reduction = args
+    a = Arguments(*shared)
     student = a.student
     counted, rows = _counted_rows(a, student.wide)
-    size = torch.ones_like(counted.sum()) if a.reduction == "sum" else counted.sum()
-    if a.reduction == "mean":
+    size = torch.ones_like(counted.sum()) if reduction == "sum" else counted.sum()
+    if reduction == "mean":
         size = size * len(a.weight)
     share = torch.where(size > 0, 1 / size, 0.0)
     half = a.x.dtype == torch.float16
     upstream = counted * (HALF_UNIT if half else share) if any(a.wanted) else None
-    loss = FromTeacher(a.teacher, a.beta)
-    values, _, gradients = run_chunks(student, loss, a.chunk_rows, a.wanted, upstream, rows=rows)
+    values, _, gradients = run_chunks(student, a.loss, a.chunk_rows, a.wanted, upstream, rows=rows)
     lacking = share / HALF_UNIT if half else torch.ones_like(share)
-    return ((values * counted).sum() / size, *gradients, lacking)
+    return (torch.where(counted > 0, values, 0.0).sum() / size, *gradients, lacking)
 
 
-def _fake(*args: Any) -> tuple[Tensor, ...]:
+def _fake_reduced(*args: Any) -> tuple[Tensor, ...]:
+    a = Arguments(*args[:-1])
+    scalar = a.x.new_empty((), dtype=a.student.wide)
+    return (scalar, *_fake_gradients(a), torch.empty_like(scalar))
+
+
+torch.library.register_fake(_NAME, _fake_reduced)
+forward_gradients.register(_NAME, wanted_at=Arguments._fields.index("wanted"))
+
+
+@torch.library.impl(f"{_NAME}_rows", "default")
+def _rows(*args: Any) -> Tensor:
+    """Divergences `(N,)`, 0 for rows that do not count; float32 or wider."""
     a = Arguments(*args)
+    counted, rows = _counted_rows(a, a.student.wide)
+    values, *_ = run_chunks(a.student, a.loss, a.chunk_rows, [False] * 3, None, rows=rows)
+    return torch.where(counted > 0, values, 0.0)
+
+
+def _fake_rows(*args: Any) -> Tensor:
+    a = Arguments(*args)
+    return a.x.new_empty(a.x.shape[0], dtype=a.student.wide)
+
+
+@torch.library.impl(f"{_NAME}_rows_backward", "default")
+def _rows_gradients(*args: Any) -> Three:
+    """Gradients under upstream gradients `(N,)`; where the host may look, rows with 0 are left."""
+    *shared, g = args
+    a = Arguments(*shared)
+    counted, rows = _counted_rows(a, a.student.wide)
+    upstream = torch.where(counted > 0, g, 0.0).to(counted.dtype)
+    if g.device.type == "cpu":
+        rows = upstream.nonzero()[:, 0]
+        rows = None if len(rows) == len(g) else rows
+    return run_chunks(a.student, a.loss, a.chunk_rows, a.wanted, upstream, rows=rows)[2]
+
+
+def _fake_rows_gradients(*args: Any) -> Three:
+    return _fake_gradients(Arguments(*args[:-1]))
+
+
+torch.library.register_fake(f"{_NAME}_rows", _fake_rows)
+torch.library.register_fake(f"{_NAME}_rows_backward", _fake_rows_gradients)
+
+
+def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:_TENSORS])
+    ctx.options = inputs[_TENSORS:]
+    wanted = zip(inputs[:3], Arguments(*inputs).wanted, strict=True)
+    ctx.dtypes = [t.dtype if on and t is not None else None for t, on in wanted]
+    ctx.unused = (None,) * (len(inputs) - 3)
+
+
+def _rows_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_double_backward()
+    gradients = zip(ROWS_BACKWARD(*ctx.saved_tensors, *ctx.options, g), ctx.dtypes, strict=True)
+    typed = [None if dtype is None else gradient.to(dtype) for gradient, dtype in gradients]
+    return (*typed, *ctx.unused)
+
+
+torch.library.register_autograd(f"{_NAME}_rows", _rows_backward, setup_context=_save_rows)
+
+
+def _fake_gradients(a: Arguments) -> Three:
     dtype = torch.float32 if a.x.dtype == torch.float16 else a.x.dtype
     x, weight, bias = a.wanted
-    scalar = a.x.new_empty((), dtype=a.student.wide)
     return (
-        scalar,
         a.x.new_empty(a.x.shape if x else (0,), dtype=dtype),
         a.x.new_empty(a.weight.shape if weight else (0,), dtype=dtype),
         a.x.new_empty(a.weight.shape[:1] if bias else (0,), dtype=dtype),
-        torch.empty_like(scalar),
     )
 
 
-torch.library.register_fake(_NAME, _fake)
-forward_gradients.register(_NAME, wanted_at=Arguments._fields.index("wanted"))
+def _counted_rows(a: Arguments, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """1 for rows that count and 0 for others; which they are, where the host may look."""
+    if a.target is None:
+        return a.x.new_ones(len(a.x), dtype=dtype), None
+    valid = a.target != a.ignore_index
+    skip = valid.device.type == "cpu" and not bool(valid.all())
+    return valid.to(dtype), valid.nonzero()[:, 0] if skip else None
+
+
+def scratch_bytes(*args: Any) -> int:
+    """What any of the operators of this file allocates besides its results, in bytes.
+
+    Args:
+        *args: its arguments, fake or real.
+    """
+    a = Arguments(*args[: len(Arguments._fields)])
+    trained = any(a.wanted) and len(args) > len(a)  # the rows' forward makes no gradients
+    rows, width = (size_hint(d) for d in a.x.shape)
+    classes, wide = size_hint(a.weight.shape[0]), a.student.wide.itemsize
+    apart = a.x.dtype != a.student.wide
+    narrow = trained and a.wanted[1] and a.x.dtype in (torch.bfloat16, torch.float16)
+    chunks = -(-rows // a.chunk_rows)
+    of_teacher = 0
+    if a.teacher_weight is not None:
+        entries = classes + size_hint(a.teacher_x.shape[1])
+        of_teacher = min(rows, a.chunk_rows) * entries * a.teacher_x.element_size()
+    targets = rows * (8 + wide * (2 if trained else 1))
+    return of_teacher + targets + head_scratch_bytes(
+        rows, width, classes, a.x.element_size(), a.chunk_rows,
+        blocks=trained + apart + blocks(a.beta, cross=a.cross), held=trained,
+        exact=narrow and chunks > 8,
+    )  # fmt: skip
 
 
 def reduced_divergence(
@@ -165,141 +270,12 @@ def reduced_divergence(
         None if target is None else inputs.target(target, leading, classes, soft=False),
         ignore_index,
         inputs.within("beta", beta, 0, 1),
+        False,
         [factor / temperature for factor in scale],
         [inputs.within("softcap", cap, 0) / temperature for cap in softcap],
-        reduction,
         inputs.chunk_size(chunk_rows, len(x), classes, x.device),
         inputs.wanted(x, weight, bias),
     )
     with inputs.no_autocast(x):
-        loss: Tensor = torch.ops.memopt.linear_divergence(*a)[0]
+        loss: Tensor = torch.ops.memopt.linear_divergence(*a, reduction)[0]
     return loss
-
-
-def _counted_rows(a: Arguments, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """1 for rows that count and 0 for others; which they are, where the host may look."""
-    if a.target is None:
-        return a.x.new_ones(len(a.x), dtype=dtype), None
-    valid = a.target != a.ignore_index
-    skip = valid.device.type == "cpu" and not bool(valid.all())
-    return valid.to(dtype), valid.nonzero()[:, 0] if skip else None
-
-
-@dataclass(frozen=True)
-class FromTeacher:
-    """A row loss that makes the teacher's logits itself, for the rows it is asked about.
-
-    Attributes:
-        teacher: the frozen head.
-        beta: which divergence, in ``[0, 1]``.
-    """
-
-    teacher: Head
-    beta: float
-
-    def at(self, rows: slice | Tensor) -> BlockLoss:
-        x = self.teacher.x_NH[rows]
-        raw = self.teacher.product(x, x.new_empty(len(x), len(self.teacher.weight_VH)))
-        if self.beta == 0:
-            return ForwardKL(self.teacher, raw)
-        if self.beta == 1:
-            return ReverseKL(self.teacher, raw)
-        return JensenShannon(self.teacher, raw, self.beta)
-
-
-_Some = TypeVar("_Some", bound="_Divergence")
-
-
-@dataclass(frozen=True)
-class _Divergence:
-    """What every divergence of some rows holds.
-
-    Attributes:
-        teacher: maps its raw product to logits.
-        raw_RV: its raw product of these rows.
-    """
-
-    teacher: Head
-    raw_RV: Tensor
-
-    def at(self: _Some, rows: slice | Tensor) -> _Some:
-        return replace(self, raw_RV=self.raw_RV[rows])
-
-    @cached_property
-    def log_q(self) -> Tensor:
-        """The teacher's log-probabilities."""
-        return torch.log_softmax(self.teacher.activate(self.raw_RV), 1)
-
-
-@dataclass(frozen=True)
-class ForwardKL(_Divergence):
-    """``sum_v q_v (log q_v - log p_v)``, whose gradient is ``p - q``."""
-
-    def values(self, z_RV: Tensor, lse_R: Tensor) -> Tensor:
-        log_p = z_RV - lse_R[:, None]
-        return (self.log_q.exp() * (self.log_q - log_p)).sum(1)
-
-    def gradient_(
-        self, p_RV: Tensor, z_RV: Tensor, lse_R: Tensor, g_R: Tensor, h_R: Tensor | None
-    ) -> None:
-        p_RV.mul_((g_R if h_R is None else g_R + h_R)[:, None])
-        p_RV.sub_(self.log_q.exp().mul_(g_R[:, None]))
-
-
-@dataclass(frozen=True)
-class ReverseKL(_Divergence):
-    """``sum_v p_v (log p_v - log q_v)``."""
-
-    def values(self, z_RV: Tensor, lse_R: Tensor) -> Tensor:
-        log_p = z_RV - lse_R[:, None]
-        return (log_p.exp() * (log_p - self.log_q)).sum(1)
-
-    def gradient_(
-        self, p_RV: Tensor, z_RV: Tensor, lse_R: Tensor, g_R: Tensor, h_R: Tensor | None
-    ) -> None:
-        _through_softmax_(p_RV, z_RV - lse_R[:, None] - self.log_q, g_R, h_R)
-
-
-@dataclass(frozen=True)
-class JensenShannon(_Divergence):
-    """``beta sum_v q_v (log q_v - log m_v) + (1 - beta) sum_v p_v (log p_v - log m_v)``.
-
-    Attributes:
-        beta: the teacher's share of the mixture ``m``, between 0 and 1.
-    """
-
-    beta: float
-
-    def values(self, z_RV: Tensor, lse_R: Tensor) -> Tensor:
-        log_p = z_RV - lse_R[:, None]
-        log_m = self._log_m(log_p)
-        of_q = (self.log_q.exp() * (self.log_q - log_m)).sum(1)
-        of_p = (log_p.exp() * (log_p - log_m)).sum(1)
-        return self.beta * of_q + (1 - self.beta) * of_p
-
-    def gradient_(
-        self, p_RV: Tensor, z_RV: Tensor, lse_R: Tensor, g_R: Tensor, h_R: Tensor | None
-    ) -> None:
-        log_p = z_RV - lse_R[:, None]
-        w = log_p.sub_(self._log_m(log_p)).mul_(1 - self.beta)
-        _through_softmax_(p_RV, w, g_R, h_R)
-
-    def _log_m(self, log_p_RV: Tensor) -> Tensor:
-        """Log-probabilities of the mixture."""
-        of_q = self.log_q + math.log(self.beta)
-        return torch.logaddexp(of_q, log_p_RV + math.log1p(-self.beta))
-
-
-def _through_softmax_(p_RV: Tensor, w_RV: Tensor, g_R: Tensor, h_R: Tensor | None) -> None:
-    """Derivatives with respect to the probabilities ``p_RV`` to those of the logits, in place.
-
-    Args:
-        p_RV: the probabilities; receives the gradient.
-        w_RV: derivative of each row's value with respect to them; overwritten.
-        g_R: upstream gradient of each row's value.
-        h_R: upstream gradient of each row's log-sum-exp, or None.
-    """
-    w_RV.sub_((p_RV * w_RV).sum(1, keepdim=True)).mul_(g_R[:, None])
-    if h_R is not None:
-        w_RV.add_(h_R[:, None])
-    p_RV.mul_(w_RV)

@@ -1,16 +1,17 @@
-"""How many rows of a chunked operator exist at a time, where the budget leaves too little.
+"""How many rows of a chunked operator exist at a time, where the budget has a say.
 
 Operators start with enough rows that their products run at full speed. Where a plan does not fit
 and such an operator holds the peak, its chunks are halved and the graph is planned again, down to
 a size below which nothing is gained. An operator that can do without logits in memory does so
-after that: its ``chunk_rows`` is then 0.
+after that: its ``chunk_rows`` is then 0. Where a plan leaves room chunks are doubled, up to all
+rows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import fx
 
-from memopt._torch import OpOverload, pytree
+from memopt._torch import OpOverload, pytree, size_hint
 from memopt.joint import JointGraph
 from memopt.kernels import cut_table
 from memopt.problem import Candidate
@@ -37,10 +38,32 @@ def halve_chunks(joint: JointGraph, candidate: Candidate) -> bool:
         if cut:
             node.update_arg(place, 0)
         return cut
-    shape = joint.nodes[joint.inputs[at][0]].meta["val"].shape
-    seen = shape[0] if isinstance(shape[0], int) else rows
-    node.update_arg(place, max(LEAST_ROWS, min(rows, seen) // 2))
+    node.update_arg(place, max(LEAST_ROWS, min(rows, _all_rows(node)) // 2))
     return True
+
+
+def double_chunks(joint: JointGraph, fits: Callable[[], bool]) -> None:
+    """Double the rows of a chunk of every operator as often as the graph still fits.
+
+    Args:
+        joint: the graph.
+        fits: whether it does as it is now; asked after every change.
+    """
+    for node in joint.nodes:
+        place = _place(node)
+        rows = None if place is None else node.args[place]
+        while place is not None and isinstance(rows, int) and 0 < rows < _all_rows(node):
+            node.update_arg(place, min(2 * rows, _all_rows(node)))
+            if not fits():
+                node.update_arg(place, rows)
+                break
+            rows = node.args[place]
+
+
+def _all_rows(node: fx.Node) -> int:
+    """Rows of a chunked operator's first input, as many as tracing saw."""
+    rows: int = size_hint(node.all_input_nodes[0].meta["val"].shape[0])
+    return rows
 
 
 def _can_be_cut(node: fx.Node) -> bool:

@@ -19,7 +19,7 @@ from memopt._torch import (
     has_recomputable_ops,
     trace_structured,
 )
-from memopt.chunking import chunk_rows, halve_chunks, set_chunk_rows
+from memopt.chunking import chunk_rows, double_chunks, halve_chunks, set_chunk_rows
 from memopt.config import Config
 from memopt.cost import CostModel
 from memopt.device import DEVICES, DeviceSpec, device_spec, spec_for_product
@@ -155,7 +155,10 @@ class Splitter:
         return halves
 
     def _plan(self, gm: fx.GraphModule, joint: JointGraph, info: NodeInfo) -> Outcome:
-        """Plan; where the peak is too high in a chunked operator, halve its chunks and again."""
+        """Plan; where the peak is too high in a chunked operator, halve its chunks and again.
+
+        Chunks are doubled where the budget leaves room, on a device whose products gain from it.
+        """
         start = time.perf_counter()
         outcome = best = self._search(gm, joint, info)
         rows = chunk_rows(joint)
@@ -166,7 +169,34 @@ class Splitter:
             if outcome.chosen.peak_bytes < best.chosen.peak_bytes:
                 best, rows = outcome, chunk_rows(joint)
         set_chunk_rows(joint, rows)
+        if best.fits and best.problem.cost.device.name != "cpu" and self.config.plan is None:
+            best = self._with_larger_chunks(joint, best)
         return replace(best, seconds=time.perf_counter() - start)
+
+    def _with_larger_chunks(self, joint: JointGraph, outcome: Outcome) -> Outcome:
+        """The same plan with as few chunks as its budget allows."""
+        aim = self._aim(outcome.limit_bytes)
+        grown = [outcome]
+
+        def fits() -> bool:
+            problem = Problem(joint, outcome.problem.cost)
+            chosen = problem.evaluate(outcome.chosen.saved, outcome.chosen.origin)
+            if aim is None or chosen.peak_bytes > aim:
+                return False
+            grown.append(replace(outcome, problem=problem, chosen=chosen))
+            return True
+
+        double_chunks(joint, fits)
+        return grown[-1]
+
+    def _aim(self, limit_bytes: int | None) -> int | None:
+        """The peak to plan for, below the budget by what the model may miss."""
+        if limit_bytes is None:
+            return None
+        if self.margin_bytes is not None:
+            return limit_bytes - self.margin_bytes
+        fused = self.config.lowering == "inductor"
+        return limit_bytes - (int(limit_bytes * _FIRST_MARGIN) if fused else 0)
 
     def _search(self, gm: fx.GraphModule, joint: JointGraph, info: NodeInfo) -> Outcome:
         fused = self.config.lowering == "inductor"
@@ -190,13 +220,10 @@ class Splitter:
         elif self.config.memory_budget.kind == "min":
             floor = search.floor
             chosen = search.plan(floor.peak_bytes) or floor
-        elif limit is None:
-            chosen = search.plan(None)
-        elif self.margin_bytes is not None:
-            chosen = search.plan(limit - self.margin_bytes)
         else:
-            margin = int(limit * _FIRST_MARGIN) if fused else 0
-            chosen = search.plan(limit - margin) or search.plan(limit)
+            chosen = search.plan(self._aim(limit))
+            if chosen is None and self.margin_bytes is None:
+                chosen = search.plan(limit)
         return Outcome(problem, search, chosen or search.floor, limit, chosen is not None)
 
 

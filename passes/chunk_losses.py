@@ -1,8 +1,9 @@
 """Compute losses on a head's logits by chunks of rows, so that the logits never exist.
 
 The pass finds ``linear -> (factor, softcap, bias, cast, views) -> loss`` in whatever model it
-stands and puts one operator in its place, which computes loss and gradients chunk by chunk. Logits
-that the graph returns as well are returned as ``LazyLogits``, computed when they are used.
+stands and puts one operator in its place, which computes loss and gradients chunk by chunk. In
+distillation two heads meet at one loss, and neither's logits exist. Logits that the graph returns
+as well are returned as ``LazyLogits``, computed when they are used.
 
 Pays: wherever the logits are large, which is every language model: forward and backward hold one
 chunk of them, and eager's log-softmax, its gradient and the copies between are gone. Does not: in
@@ -11,7 +12,7 @@ a classifier with a few classes; there the pass leaves the graph alone.
 Source: see ``memopt.kernels.linear_cross_entropy``; logits that exist on demand are memopt's own.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from torch import fx
@@ -21,6 +22,8 @@ from memopt.emit import emit, traced
 from memopt.errors import ConfigError
 from memopt.graph import source_line
 from memopt.passes.contrastive_losses import fuse_pairs
+from memopt.passes.divergence_operators import left_whole, write_divergence
+from memopt.passes.divergences import Divergence, Divergences, find_divergences
 from memopt.passes.heads import Head, unsafe
 from memopt.passes.logits import Logits, flipped, follow, rows_of
 from memopt.passes.row_losses import Loss, find_heads, find_loss
@@ -32,6 +35,54 @@ from memopt.returned import ReturnedLogits
 
 MODES = ("lazy", "none", "keep", "full")
 _MIN_CLASSES = 256
+
+
+@dataclass
+class _Readers:
+    """Who reads a head's logits, all of whom can be served.
+
+    Attributes:
+        heads: the head and those that are its transposes.
+        members: the nodes that hold logits.
+        returned: logits that the graph returns.
+        losses: the losses of each head.
+        distilled: the divergences whose student the head is.
+    """
+
+    heads: list[Head]
+    members: set[fx.Node] = field(default_factory=set)
+    returned: list[Logits] = field(default_factory=list)
+    losses: dict[Head, list[Loss]] = field(default_factory=dict)
+    distilled: dict[Divergence, None] = field(default_factory=dict)
+
+    @property
+    def served(self) -> list[Loss | Divergence]:
+        """All losses and divergences."""
+        return [*self.distilled, *(loss for group in self.losses.values() for loss in group)]
+
+
+def _readers(head: Head, divergences: Divergences) -> _Readers | str:
+    """The readers of a head's logits, or the one that needs them whole."""
+    found = _Readers([head])
+    for own in found.heads:  # grows while it is read
+        nodes, readers = follow(own)
+        found.members.update(nodes)
+        for reader, logits in readers:
+            other = flipped(reader, logits, own)
+            loss = find_loss(reader, logits)
+            distilled = divergences.reading(reader, own)
+            if reader.op == "output" and own is head:
+                found.returned.append(logits)
+            elif other is not None:
+                found.heads.append(other)
+            elif loss is not None:
+                found.losses.setdefault(own, []).append(loss)
+            elif distilled:
+                found.distilled.update(dict.fromkeys(distilled))
+            else:
+                reason = divergences.reasons.get(reader, str(reader.target))
+                return f"the logits are also read by {reader.name} ({reason})"
+    return found
 
 
 @dataclass(frozen=True)
@@ -69,64 +120,66 @@ class ChunkLosses:
         rewrites = fuse_pairs(
             graph, ctx, self.name, least=_MIN_CLASSES, chunk_rows=self.chunk_rows, dropped=dropped
         )
-        # Each rewrite may erase what another head was found to read.
-        while head := next((h for h in find_heads(graph) if h.node not in seen), None):
+        while True:  # each rewrite may erase what another head was found to read
+            divergences = find_divergences(graph)
+            heads = (*divergences.heads, *find_heads(graph))
+            head = next((head for head in heads if head.node not in seen), None)
+            if head is None:
+                return rewrites
             seen.add(head.node)
-            reason = self._rewrite(graph, head, ctx)
+            reason = self._rewrite(graph, head, ctx, divergences)
             if reason:
                 source = source_line(head.node)
                 ctx.remark(self.name, RemarkKind.MISSED, reason, head.node.name, source)
             else:
                 rewrites += 1
-        return rewrites
 
-    def _rewrite(self, graph: fx.Graph, head: Head, ctx: PassContext) -> str:
+    def _rewrite(
+        self, graph: fx.Graph, head: Head, ctx: PassContext, divergences: Divergences
+    ) -> str:
         """Replace every reader of one head's logits; the reason where that cannot be done."""
         if size_hint(head.classes) < _MIN_CLASSES:
             return f"{head.classes} classes: too few to pay"
-        heads, members, returned = [head], list[fx.Node](), list[Logits]()
-        losses: dict[Head, list[Loss]] = {}
-        for own in heads:  # grows while it is read
-            nodes, readers = follow(own)
-            members += nodes
-            for reader, logits in readers:
-                other = flipped(reader, logits, own)
-                loss = find_loss(reader, logits)
-                if reader.op == "output" and own is head:
-                    returned.append(logits)
-                elif other is not None:
-                    heads.append(other)
-                elif loss is not None:
-                    losses.setdefault(own, []).append(loss)
-                else:
-                    return f"the logits are also read by {reader.name} ({reader.target})"
-        if not losses:
+        readers = _readers(head, divergences)
+        if isinstance(readers, str):
+            return readers
+        served = readers.served
+        if not served:
             return "no loss reads the logits"
         (output,) = graph.find_nodes(op="output")
-        found = [loss for group in losses.values() for loss in group]
-        late = [loss.node for loss in found]
-        if not set(late).isdisjoint(i for loss in found for i in loss.inputs):
+        found = [loss for group in readers.losses.values() for loss in group]
+        if not {loss.node for loss in found}.isdisjoint(i for loss in found for i in loss.inputs):
             return "one loss on the logits is an input of another"
-        last = output if returned else max(late)
-        if reason := unsafe(head, last) or self._refusal(head, returned):
+        last = output if readers.returned else max(reader.node for reader in served)
+        whole = {d: divergences.teacher_stays(d) for d in readers.distilled}
+        teachers = {d: left_whole(d.teacher) if s else d.teacher for d, s in whole.items()}
+        refusals = (unsafe(teacher.head, d.node) for d, teacher in teachers.items())
+        late = unsafe(head, last) or self._refusal(head, readers.returned)
+        if reason := late or next(filter(None, refusals), ""):
             return reason
-        if unstack(graph, set(members)):
-            return self._rewrite(graph, head, ctx)
-        operators = {own: RowOperators(graph, own, self.chunk_rows) for own in heads}
-        for own, group in losses.items():
-            operators[own].replace_all(group)
-        for logits in dict.fromkeys(returned):
+        if unstack(graph, readers.members):
+            return self._rewrite(graph, head, ctx, find_divergences(graph))
+        operators = {own: RowOperators(graph, own, self.chunk_rows) for own in readers.heads}
+        for own, group in readers.losses.items():
+            alone = len(group) == 1 and not readers.distilled
+            operators[own].replace_all(group, alone=alone)
+        for divergence, teacher in teachers.items():
+            alone = len(served) == 1
+            write_divergence(graph, divergence, teacher, self.chunk_rows, alone=alone)
+        for logits in dict.fromkeys(readers.returned):
             self._return(graph, head, logits, operators[head], output, ctx)
-        for node in reversed([n for n in graph.nodes if n in members]):
+        dead = readers.members.union(*(d.unread(bool(stays)) for d, stays in whole.items()))
+        for node in reversed([n for n in graph.nodes if n in dead]):
             if not node.users:  # in-place ones too, which count as impure elsewhere
                 graph.erase_node(node)
-        count = sum(map(len, losses.values()))
         rows = operators[head].chunk_rows
-        text = f"{count} reader{'s' * (count > 1)} of the logits "
-        text += f"by chunks of {rows} rows" if rows else "by tiles in registers"
+        text = f"{len(served)} reader{'s' * (len(served) > 1)} of the logits "
+        text += f"by chunks of {rows} rows" if rows else "by tiles"
         text += f"; {head.classes} classes each"
-        if returned:
+        if readers.returned:
             text += f"; returned logits: {self.logits}"
+        for stays in filter(None, whole.values()):
+            text += f"; a teacher's logits stay whole: {stays}"
         source = source_line(head.node)
         ctx.remark(self.name, RemarkKind.APPLIED, text, head.node.name, source)
         return ""

@@ -12,7 +12,7 @@ from torch import fx
 
 from memopt._torch import is_traceable_wrapper_subclass, size_hint
 from memopt.emit import same_shape, shape_of, traced
-from memopt.passes.steps import TRANSPOSES, cast_of
+from memopt.passes.steps import TRANSPOSES, cast_of, name_of, overwrites
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,7 @@ def unsafe(head: Head, last: fx.Node) -> str:
     if any(is_traceable_wrapper_subclass(traced(n)) for n in inputs):
         return "the head is distributed, or of another tensor subclass"
     nodes = list(head.node.graph.nodes)
-    names = [getattr(n.target, "__name__", str(n.target)) for n in nodes]
-    before = names[: nodes.index(head.node)]
+    before = [name_of(node) for node in nodes[: nodes.index(head.node)]]
     entered = sum(name.endswith("_increment_nesting") for name in before)
     if entered > sum(name.endswith("_decrement_nesting") for name in before):
         return "the head is inside a functorch transform"
@@ -130,18 +129,12 @@ def unsafe(head: Head, last: fx.Node) -> str:
 
 def overwriter(values: Iterable[fx.Node], first: fx.Node, last: fx.Node) -> fx.Node | None:
     """The first node between two others that writes to the memory of any of these values."""
-    memory = {_memory(value) for value in values}
-    late = (node for node in first.graph.nodes if first < node < last and _writes(node))
-    return next((n for n in late if memory & set(map(_memory, n.all_input_nodes))), None)
+    held = {memory(value) for value in values}
+    late = (node for node in first.graph.nodes if first < node < last and overwrites(node))
+    return next((n for n in late if held & set(map(memory, n.all_input_nodes))), None)
 
 
-def _writes(node: fx.Node) -> bool:
-    name = getattr(node.target, "__name__", str(node.target))
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in ("setitem", "iadd", "isub", "imul", "itruediv")
-
-
-def _memory(node: fx.Node) -> Any:
+def memory(node: fx.Node) -> Any:
     """What tensors share if they are views of each other; the node where it is no tensor."""
     value = traced(node)
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else node

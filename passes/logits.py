@@ -31,7 +31,7 @@ _TANH = frozenset({torch.tanh, "tanh", F.tanh})
 _ADD = frozenset({operator.add, operator.iadd, torch.add, "add"})
 _LOG_SOFTMAX = frozenset({F.log_softmax, torch.log_softmax, "log_softmax"})
 _PERMUTES = frozenset({torch.permute, "permute", torch.movedim, "movedim"})
-_RESHAPES = frozenset({"view", "reshape"})
+RESHAPES = frozenset({"view", "reshape"})
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Logits:
     @property
     def values(self) -> tuple[object, ...]:
         """Equal where the values are, row by row: the same rows in order, changed alike."""
-        order = (*_RESHAPES, "flatten", torch.flatten, "unsqueeze", torch.unsqueeze)
+        order = (*RESHAPES, "flatten", torch.flatten, "unsqueeze", torch.unsqueeze)
         rows = tuple(step for step in self.path if step.target not in order)
         return rows, self.scale, self.softcap, self.bias
 
@@ -81,11 +81,11 @@ def follow(head: Head) -> tuple[dict[fx.Node, Logits], list[tuple[fx.Node, Logit
     while todo:
         logits = members[todo.pop()]
         for user in logits.node.users:
-            step = _step(user, logits, head)
-            if step is None:
+            found = step(user, logits, head)
+            if found is None:
                 readers.append((user, logits))
             elif user not in members:
-                members[user] = step
+                members[user] = found
                 todo.append(user)
     order = {node: i for i, node in enumerate(head.node.graph.nodes)}
     return members, sorted(readers, key=lambda reader: order[reader[0]])
@@ -106,11 +106,11 @@ def flipped(user: fx.Node, logits: Logits, head: Head) -> Head | None:
     return Head(user, head.weight, head.hidden, None, path=logits.path)
 
 
-def _step(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
+def step(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
     """What ``user`` makes of the logits, if it still holds them."""
     if user.op not in ("call_function", "call_method"):
         return None
-    for rule in (_same, _detached, _cast, _valued, _normalised, _shaped, _swapped):
+    for rule in (_same, _detached, _cast, _valued, _normalised, shaped, _swapped):
         found = rule(user, logits, head)
         if found is not None:
             return replace(found, node=user)
@@ -196,7 +196,7 @@ def _normalised(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
     return replace(logits, normalised=True) if last and logits.classes_at == -1 else None
 
 
-def _shaped(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
+def shaped(user: fx.Node, logits: Logits, head: Head | None) -> Logits | None:
     """Views and slices that leave every row whole."""
     before, after = shape_of(logits.node), shape_of(user)
     if logits.classes_at != -1 or not _is_input(user, logits):
@@ -208,7 +208,7 @@ def _shaped(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
     if any(isinstance(a, torch.dtype) for a in args):  # the same memory, read as other numbers
         return None
     whole = (
-        target in _RESHAPES
+        target in RESHAPES
         or (target in ("flatten", torch.flatten) and _flattens_rows(args, rank))
         or (target is operator.getitem and _keeps_last(args[0], rank))
         or (target in ("squeeze", torch.squeeze, "select", "narrow") and _dims_of(args[:1], rank))
@@ -273,7 +273,7 @@ def rows_of(graph: fx.Graph, head: Head, logits: Logits, cache: dict[Any, fx.Nod
                 target = operator.truediv if divides(step) else operator.mul
                 factor = next(n for n in reversed(step.all_input_nodes) if is_one(n))
                 cache[key] = emit(graph, target, (node, factor), like=step)
-            elif step.target in _RESHAPES:
+            elif step.target in RESHAPES:
                 sizes = loosely(step.args[1:])
                 sizes = sizes[0] if isinstance(sizes[0], (tuple, list)) else sizes
                 cache[key] = emit(graph, "reshape", (node, *sizes[:-1], width), like=step)

@@ -61,7 +61,7 @@ def find_loss(reader: fx.Node, logits: Logits) -> Loss | None:
     return next((loss for rule in _RULES if (loss := rule(reader, logits))), None)
 
 
-def _arguments(node: fx.Node, names: str) -> dict[str, Any]:
+def arguments(node: fx.Node, names: str) -> dict[str, Any]:
     """Positional and keyword arguments by name."""
     return {**dict(zip(names.split(), node.args, strict=False)), **node.kwargs}
 
@@ -69,7 +69,7 @@ def _arguments(node: fx.Node, names: str) -> dict[str, Any]:
 def _cross_entropy(node: fx.Node, logits: Logits) -> Loss | None:
     if node.target is not F.cross_entropy or logits.normalised:
         return None
-    a = _arguments(
+    a = arguments(
         node,
         "input target weight size_average ignore_index reduce reduction label_smoothing",
     )
@@ -79,7 +79,7 @@ def _cross_entropy(node: fx.Node, logits: Logits) -> Loss | None:
 def _nll(node: fx.Node, logits: Logits) -> Loss | None:
     if node.target not in (F.nll_loss,) or not logits.normalised:
         return None
-    a = _arguments(node, "input target weight size_average ignore_index reduce reduction")
+    a = arguments(node, "input target weight size_average ignore_index reduce reduction")
     return _entropy(node, logits, a, 0.0)
 
 
@@ -112,7 +112,7 @@ def _entropy(node: fx.Node, logits: Logits, a: dict[str, Any], smoothing: float)
 def _log_sum_exp(node: fx.Node, logits: Logits) -> Loss | None:
     if node.target not in (torch.logsumexp, "logsumexp") or logits.normalised:
         return None
-    a = _arguments(node, "input dim keepdim")
+    a = arguments(node, "input dim keepdim")
     if set(a) - {"input", "dim", "keepdim"} or (logits.detached and traced(node).requires_grad):
         return None
     dim, rank = a.get("dim"), len(shape_of(logits.node))
@@ -126,7 +126,7 @@ def _gather(node: fx.Node, logits: Logits) -> Loss | None:
     """``gather(z, -1, y[..., None])``, of logits or of log-probabilities."""
     if node.target not in (torch.gather, "gather") or node.args[:1] != (logits.node,):
         return None
-    a = _arguments(node, "input dim index")
+    a = arguments(node, "input dim index")
     if set(a) - {"input", "dim", "index"} or (logits.detached and traced(node).requires_grad):
         return None
     dim, index, rank = a.get("dim"), a.get("index"), len(shape_of(logits.node))

@@ -15,7 +15,7 @@ from memopt.kernels.head import default_chunk_rows, has_row_kernel
 from memopt.kernels.linear_cross_entropy import REDUCED, ROWS
 from memopt.kernels.rows import IndexTargets
 from memopt.passes.heads import Head
-from memopt.passes.logits import rows_of
+from memopt.passes.logits import Logits, rows_of
 from memopt.passes.row_losses import Loss
 
 
@@ -28,13 +28,19 @@ class RowOperators:
         self._asked = chunk_rows
         self.chunk_rows = chunk_rows or self._default()
         self._shared: dict[Any, fx.Node] = {}
+        self.like = head.node
 
-    def replace_all(self, losses: list[Loss]) -> None:
-        """Put operators in the places of all losses, which are in the order of the graph."""
+    def replace_all(self, losses: list[Loss], *, alone: bool) -> None:
+        """Put operators in the places of all losses, which are in the order of the graph.
+
+        Args:
+            losses: the losses.
+            alone: whether nothing else reads the logits than one loss.
+        """
         if not self._asked:
             self.chunk_rows = self._fastest(losses)
         for loss in losses:
-            self._replace(loss, losses)
+            self._replace(loss, losses, alone=alone)
 
     def _default(self) -> int:
         z = traced(self.head.node)
@@ -53,8 +59,8 @@ class RowOperators:
         width, classes = size_hint(shape_of(head.hidden)[-1]), size_hint(head.classes)
         return fastest_chunk_rows(Size(self._rows_of_head(), width, classes, z.dtype, z.device))
 
-    def _replace(self, loss: Loss, losses: list[Loss]) -> None:
-        node, alone = loss.node, len(losses) == 1
+    def _replace(self, loss: Loss, losses: list[Loss], *, alone: bool) -> None:
+        node = loss.node
         self.like = node
         with self.graph.inserting_before(node):
             if loss.kind == "cross_entropy" and alone and loss.reduction != "none":
@@ -70,10 +76,14 @@ class RowOperators:
         node.replace_all_uses_with(result)
         self.graph.erase_node(node)
 
-    def _op(self, op: Any, loss: Loss, *more: Any) -> fx.Node:
-        """Call a row operator on the loss's rows."""
-        head, logits = self.head, loss.logits
-        dtype = traced(head.node).dtype
+    def inputs(self, logits: Logits, *, trained: bool) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+        """Hidden states `(N, H)` in the order of some logits' rows, weight and bias.
+
+        Args:
+            logits: how they come from the head.
+            trained: whether gradients are to flow back through them.
+        """
+        head, dtype = self.head, traced(self.head.node).dtype
         x = self._call(
             "reshape",
             self._typed(rows_of(self.graph, head, logits, self.rows), dtype),
@@ -86,9 +96,15 @@ class RowOperators:
         bias = None
         if logits.bias is not None:
             bias = self._call("reshape", self._typed(logits.bias, dtype), -1)
-        if not traced(loss.node).requires_grad:
+        if not trained:
             x, weight = self._call("detach", x), self._call("detach", weight)
             bias = bias and self._call("detach", bias)
+        return x, weight, bias
+
+    def _op(self, op: Any, loss: Loss, *more: Any) -> fx.Node:
+        """Call a row operator on the loss's rows."""
+        logits = loss.logits
+        x, weight, bias = self.inputs(logits, trained=bool(traced(loss.node).requires_grad))
         wanted = [n is not None and bool(traced(n).requires_grad) for n in (x, weight, bias)]
         target = self._target(loss, x)
         return self._call(

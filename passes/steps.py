@@ -57,6 +57,12 @@ def is_one(node: fx.Node) -> bool:
 
 
 def overwrites(node: fx.Node) -> bool:
-    """Whether a step writes its result over its input."""
-    in_place = (operator.imul, operator.itruediv, operator.iadd)
-    return node.target in in_place or str(node.target).endswith("_")
+    """Whether a node writes into one of its inputs."""
+    name = name_of(node)
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in ("setitem", "iadd", "isub", "imul", "itruediv")
+
+
+def name_of(node: fx.Node) -> str:
+    """Name of the function or method that a node calls."""
+    return getattr(node.target, "__name__", str(node.target))

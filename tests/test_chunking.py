@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import memopt
 from bench.meter import Meter
 from memopt.kernels import cut_cross_entropy, cut_table
+from memopt.losses import linear_cross_entropy
+from tests.graphs import lowered
 from tests.idle_kernels import IdleKernels
 
 CLASSES, WIDTH, TOKENS = 6000, 8, 256
@@ -64,6 +66,25 @@ def test_what_no_chunk_reaches_is_infeasible() -> None:
     with pytest.raises(memopt.BudgetInfeasibleError) as caught:
         memopt.explain(model, x, y, options={"memory_budget": gradient_bytes, "lowering": "eager"})
     assert caught.value.floor_bytes > gradient_bytes
+
+
+@pytest.mark.parametrize(
+    ("device", "budget", "expected"),
+    [("h100", "64MiB", TOKENS), ("h100", "4MiB", 128), ("h100", None, 32), ("cpu", "64MiB", 32)],
+)
+def test_room_in_the_budget_makes_fewer_chunks_where_products_gain_from_it(
+    device: str, budget: str | None, expected: int
+) -> None:
+    model, x, y = made()
+
+    def loss(x: Tensor) -> Tensor:
+        return linear_cross_entropy(x, model.head.weight, y, chunk_rows=32)
+
+    captured = lowered(loss, memory_budget=budget, device=device)
+    captured(x.requires_grad_())
+    (outcome,) = captured.splits[0].outcomes
+    assert list(outcome.plan.chunk_rows.values()) == [expected]
+    assert outcome.limit_bytes is None or outcome.chosen.peak_bytes <= outcome.limit_bytes
 
 
 def test_below_the_smallest_chunk_there_are_no_logits_where_the_operator_can_do_without(

@@ -146,6 +146,23 @@ class NestedJvp(nn.Module):
         return F.mse_loss(second + first, y), second
 
 
+class ContrastiveHead(nn.Module):
+    """Two projections and CLIP's loss on them, which reads ``(batch, batch)`` similarities."""
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__()
+        self.image = nn.Linear(width, size, bias=False)
+        self.text = nn.Linear(width, size, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(2.66))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        image, text = F.normalize(self.image(x), dim=-1), F.normalize(self.text(y), dim=-1)
+        scale = self.logit_scale.exp()
+        by_image, by_text = scale * image @ text.T, scale * text @ image.T
+        labels = torch.arange(len(x), device=x.device)
+        return (F.cross_entropy(by_image, labels) + F.cross_entropy(by_text, labels)) / 2
+
+
 def pairs(build: Callable[[], nn.Module], batch: int, width_in: int, width_out: int) -> Recipe:
     """A recipe with random inputs `x (batch, width_in)` and targets `y (batch, width_out)`."""
 
