@@ -52,26 +52,24 @@ class Tiles:
         }
 
 
-# By what the inputs are; those of which Triton cannot tell that 128 bits may be read at a time are
-# "ragged". All compile without spills for sm_80, sm_90, sm_100 and gfx942.
+# By what the inputs are. "Ragged" are those of which Triton cannot tell that 128 bits may be read
+# at a time. All compile without spills for sm_80, sm_90, sm_100 and gfx942, in Triton 3.7 and 3.9.
 TILES = {
     "half": Tiles(128, 128, 64, 8, 3),
-    "float32": Tiles(128, 64, 16, 8, 2),
+    "float32": Tiles(64, 64, 16, 4, 2),
     "tf32": Tiles(64, 64, 32, 8, 3, "tf32"),
     "ragged half": Tiles(64, 64, 32, 8, 2),
     "ragged float32": Tiles(32, 32, 16, 4, 2),
-    "ragged tf32": Tiles(32, 32, 16, 4, 2, "tf32"),
 }
 
 
 def tiles_of(x_NH: Tensor, weight_VH: Tensor) -> Tiles:
     """The tiles for a head's inputs: a function of dtypes and strides, so that runs are equal."""
-    kind = "half"
-    if x_NH.dtype == torch.float32:
-        exact = torch.get_float32_matmul_precision() == "highest"
-        kind = "float32" if exact else "tf32"
+    kind = "float32" if x_NH.dtype == torch.float32 else "half"
     if not all(_is_aligned(tensor) for tensor in (x_NH, weight_VH)):
         kind = f"ragged {kind}"
+    elif kind == "float32" and torch.get_float32_matmul_precision() != "highest":
+        kind = "tf32"
     tiles = TILES[kind]
     return replace(tiles, stages=2) if torch.version.hip else tiles
 
