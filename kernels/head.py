@@ -25,6 +25,8 @@ _BLOCK_BYTES = 8 * 2**20
 _MAX_ROUNDINGS = 8
 # Every chunk reads and writes the weight gradient once; with this many rows the products hide it.
 _CHUNK_ROWS = {"cpu": 256, "cuda": 2048}
+# Numbers per row of a chunk that a row loss holds at most: values, normalisers, targets, factors.
+_VECTORS = 9
 # Float16 loses softmax entries under 6e-8. Its gradients are kept at this size, whatever the
 # number of tokens, and scaled at the end.
 HALF_UNIT = 8.0
@@ -145,17 +147,8 @@ class Gradients:
             x_CH: the chunk's hidden states.
             head: the linear layer.
             rows: which rows of the whole the chunk is.
-            spare_CH: takes the hidden states' gradient where ``rows`` is a list.
+            spare_CH: takes the hidden states' gradient where ``rows`` is a list; may be ``x_CH``.
         """
-        if self.x_NH is not None:
-            if isinstance(rows, Tensor):
-                out = None if spare_CH is None else spare_CH[: len(rows)]
-                own = torch.mm(gradient_CV, head.weight_VH, out=out)
-                self.x_NH.index_copy_(0, rows, own.to(self.x_NH.dtype))
-            elif self.x_NH.dtype == gradient_CV.dtype:
-                torch.mm(gradient_CV, head.weight_VH, out=self.x_NH[rows])
-            else:
-                self.x_NH[rows] = torch.mm(gradient_CV, head.weight_VH).to(self.x_NH.dtype)
         if self.weight_VH is not None:
             if self.weight_VH.dtype != gradient_CV.dtype:
                 classes, hidden = self.weight_VH.shape
@@ -168,6 +161,15 @@ class Gradients:
                 self.weight_VH.addmm_(gradient_CV.t(), x_CH)
         if self.bias_V is not None:
             self.bias_V += gradient_CV.sum(0, dtype=self.bias_V.dtype)
+        if self.x_NH is not None:
+            if isinstance(rows, Tensor):
+                out = None if spare_CH is None else spare_CH[: len(rows)]
+                own = torch.mm(gradient_CV, head.weight_VH, out=out)
+                self.x_NH.index_copy_(0, rows, own.to(self.x_NH.dtype))
+            elif self.x_NH.dtype == gradient_CV.dtype:
+                torch.mm(gradient_CV, head.weight_VH, out=self.x_NH[rows])
+            else:
+                self.x_NH[rows] = torch.mm(gradient_CV, head.weight_VH).to(self.x_NH.dtype)
         self.empty = False
 
     def results(self, head: Head) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,8 +198,8 @@ def block_rows(width: int, itemsize: int) -> int:
 def default_chunk_rows(rows: int, classes: int, device: torch.device) -> int:
     """Rows of a chunk: few enough to be small, enough to keep the products fast.
 
-    Where the classes are so few that more rows fit a block in cache, it takes those too; but no
-    more than a quarter of all rows, unless the products need them.
+    Where the classes are so few that more rows fit a block in cache, it takes those too, up to a
+    quarter of all. The products may need more; but the logits are never whole.
 
     Args:
         rows: how many there are in all.
@@ -206,7 +208,7 @@ def default_chunk_rows(rows: int, classes: int, device: torch.device) -> int:
     """
     fast = _CHUNK_ROWS.get(device.type, _CHUNK_ROWS["cuda"])
     cached = min(block_rows(max(1, classes), 4), rows // 4)
-    return max(1, min(rows, max(fast, cached)))
+    return max(1, min(-(-rows // 2), max(fast, cached)))
 
 
 def has_row_kernel(loss: type[RowLoss], x: Tensor) -> bool:
@@ -264,7 +266,7 @@ def run_chunks(
     values = head.x_NH.new_zeros(len(head.x_NH), dtype=head.wide)
     lse = torch.zeros_like(values)
     raw = head.x_NH.new_empty(size, len(head.weight_VH))
-    spare = head.x_NH.new_empty(2, size, head.x_NH.shape[1])
+    spare = head.x_NH.new_empty(size, head.x_NH.shape[1])
     block = softmax_block(head, loss, raw, trained=g_N is not None)
     for part in pieces(count, chunk_rows):
         if rows is None:
@@ -272,11 +274,11 @@ def run_chunks(
             x = head.x_NH[part]
         else:
             own = rows[part]
-            x = torch.index_select(head.x_NH, 0, own, out=spare[0, : len(own)])
+            x = torch.index_select(head.x_NH, 0, own, out=spare[: len(own)])
         chunk = head.product(x, raw[: len(x)])
         values[own], lse[own] = run_rows(head, loss, chunk, own, g_N, h_N, block)
         if g_N is not None:
-            gradients.add_(chunk, x, head, own, spare[1])
+            gradients.add_(chunk, x, head, own, spare)
     del raw, spare, block
     return values, lse, gradients.results(head)
 
@@ -306,7 +308,7 @@ def scratch_bytes(
     """
     size, wide = min(chunk_rows, rows), max(4, itemsize)
     block = min(size, block_rows(classes, wide)) * classes * wide
-    chunk = size * (classes + 2 * width) * itemsize
+    chunk = size * ((classes + width) * itemsize + _VECTORS * wide)
     loop = blocks * block
     if exact:  # a part of the product, converted; and the result is not there before the end
         part = min(classes, block_rows(width, 4)) * width

@@ -27,10 +27,10 @@ def test_few_classes_do_not_make_the_logits_whole() -> None:
     assert default_chunk_rows(512, 128_256, cpu) == default_chunk_rows(512, 300, cpu) == 256
 
 
-def test_few_rows_are_one_chunk_which_products_need() -> None:
-    assert default_chunk_rows(128, 50_000, torch.device("cpu")) == 128
+def test_few_rows_are_two_chunks() -> None:
+    assert default_chunk_rows(128, 50_000, torch.device("cpu")) == 64
 
 
-@pytest.mark.parametrize("rows", [0, 1, 7])
-def test_a_chunk_has_no_more_rows_than_there_are(rows: int) -> None:
-    assert default_chunk_rows(rows, 50_000, torch.device("cpu")) == max(1, rows)
+@pytest.mark.parametrize(("rows", "expected"), [(0, 1), (1, 1), (7, 4)])
+def test_a_chunk_has_at_least_one_row(rows: int, expected: int) -> None:
+    assert default_chunk_rows(rows, 50_000, torch.device("cpu")) == expected
