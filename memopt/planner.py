@@ -25,6 +25,7 @@ _MAX_LEVELS = 24
 _MAX_TIGHTEN = 6
 _MAX_SPENDS = 28
 _MAX_DESCENT = 60
+_CLEARLY_LOWER = 0.9
 
 
 class Search:
@@ -61,11 +62,13 @@ class Search:
         """The least extra time under the budget; None if nothing found fits.
 
         Args:
-            budget_bytes: bound on the peak, or None for the fastest plan.
+            budget_bytes: bound on the peak, or None for what can be had for no time at all.
         """
-        if budget_bytes is None or self.fastest.peak_bytes <= budget_bytes:
+        if budget_bytes is None:
+            return self.free
+        if self.fastest.peak_bytes <= budget_bytes:
             return self.fastest
-        levels = [c for c in self.tables.levels if c.peak_bytes <= budget_bytes]
+        levels = [c for c in self.levels if c.peak_bytes <= budget_bytes]
         starts = [
             min(found, key=_cost) for found in (levels, [*self._mixed(budget_bytes)]) if found
         ]
@@ -75,11 +78,21 @@ class Search:
         return min(spent, key=_cost, default=None)
 
     @cached_property
+    def free(self) -> Candidate:
+        """The level of least peak that takes no longer than the saved set known to be fast.
+
+        A peak that is lower by less than the model may be wrong is not worth a change.
+        """
+        most = self.fastest.seconds, _CLEARLY_LOWER * self.fastest.peak_bytes
+        found = [c for c in self.levels if c.seconds <= most[0] and c.peak_bytes <= most[1]]
+        return min(found, key=lambda c: (c.peak_bytes, c.seconds), default=self.fastest)
+
+    @cached_property
     def floor(self) -> Candidate:
         """The plan of least peak that the search can find; has a time limit of its own."""
         self.deadline = max(self.deadline, time.perf_counter() + self.time_limit)
         tables = self.tables
-        found = list(tables.levels)
+        found = list(self.levels)
         choice = lowest_peak(tables, self._left())
         if choice is not None:
             found.append(self.problem.evaluate(tables.mix(choice), "lowest peak"))
@@ -131,7 +144,7 @@ class Search:
     def tables(self) -> Tables:
         """Levels by price of a byte, tabulated by region; made when first needed."""
         if self._tables is None:
-            self._tables = tabulate(self.problem, self._levels())
+            self._tables = tabulate(self.problem, self.levels)
         return self._tables
 
     def _mixed(self, budget_bytes: int) -> Iterator[Candidate]:
@@ -153,7 +166,8 @@ class Search:
                     break
                 target -= candidate.peak_bytes - budget_bytes
 
-    def _levels(self) -> Sequence[Candidate]:
+    @cached_property
+    def levels(self) -> Sequence[Candidate]:
         """(1) Bisect the price of a byte, in its logarithm, where the saved set changes."""
         problem = self.problem
         priced = [

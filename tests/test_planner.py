@@ -88,7 +88,7 @@ def test_a_plan_is_legal_within_budget_and_no_dearer_than_any_uniform_level(
         assert is_legal(plan.liveness.schedule, every.problem)
         fresh = every.problem.evaluate(plan.saved, "again")
         assert (fresh.peak_bytes, fresh.seconds) == (plan.peak_bytes, plan.seconds)
-        uniform = [level.seconds for level in search.tables.levels if level.peak_bytes <= budget]
+        uniform = [level.seconds for level in search.levels if level.peak_bytes <= budget]
         assert plan.seconds <= min(uniform, default=plan.seconds)
 
 
@@ -156,3 +156,12 @@ def test_a_random_draw_runs_once_at_the_lowest_budget(name: str) -> None:
     assert len(draws) == 2
     floor = Search(problem).floor
     assert not draws & set(floor.liveness.schedule.recomputed)
+
+
+def test_without_a_budget_a_plan_costs_no_time_over_the_fast_one(every: Exhausted) -> None:
+    search = Search(every.problem)
+    plan = search.plan(None)
+    assert plan is not None
+    assert plan.seconds <= search.fastest.seconds
+    lower = plan.peak_bytes < search.fastest.peak_bytes
+    assert lower or plan.saved == search.fastest.saved
