@@ -56,6 +56,7 @@ _TABLE = (
         for model in MODELS.values()
         if "bench" in model.sizes and model.name not in {case.model for case in _HEADLINE}
     ),
+    Case(name="mixtral_grouped_long", model="mixtral_grouped", size="long"),
     *(
         Case(name=f"{model.name}_tiny", model=model.name, size="tiny", peers=QUICK)
         for model in MODELS.values()
@@ -64,5 +65,5 @@ _TABLE = (
 )
 
 CASES: Mapping[str, Case] = {case.name: case for case in _TABLE}
-DEFAULT = tuple(case.name for case in _TABLE if case.size == "bench")
+DEFAULT = tuple(case.name for case in _TABLE if case.size in ("bench", "long"))
 QUICK_CASES = ("lm8_tiny", "llama_tiny", "resnet50_tiny")

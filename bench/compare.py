@@ -1,9 +1,10 @@
 """Two results files side by side, as ratios.
 
 Bytes compare across runs as they are. Times drift with the machine, so each is first divided by
-Inductor's time in its own run.
+Inductor's time in its own run, round by round.
 """
 
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,18 @@ def step_rows(results: Mapping[str, Any]) -> Rows:
 
 
 def relative(rows: Rows, key: tuple[str, str], figure: str) -> float | None:
-    """A row's figure over that of stock Inductor on the same case in the same run."""
+    """A row's figure over that of stock Inductor on the same case in the same run.
+
+    For ``step_seconds`` it is the median over rounds of the ratio within a round: what slows the
+    machine down for longer than a round slows both.
+    """
     baseline = rows.get((key[0], BASELINE))
     if baseline is None or not baseline[figure] or rows[key][figure] is None:
         return None
+    if figure == "step_seconds":
+        own, stock = (row.get("step_seconds_rounds") for row in (rows[key], baseline))
+        if own and stock and len(own) == len(stock):
+            return float(statistics.median(a / b for a, b in zip(own, stock, strict=True)))
     return float(rows[key][figure]) / float(baseline[figure])
 
 

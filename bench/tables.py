@@ -91,7 +91,10 @@ def readme_table(files: Iterable[dict[str, Any]]) -> str:
         for case in dict.fromkeys(key[0] for key in rows):
             if any((case, peer) in rows for peer in budgets):
                 lines[case] = [case, *(_cell(rows, (case, peer)) for peer in README_PEERS)]
-    note = "Peak MiB of a whole training step, and step time relative to stock Inductor.\n\n"
+    note = (
+        "Peak MiB of a whole training step, and step time relative to stock Inductor (median of "
+        "paired rounds).\n\n"
+    )
     return note + markdown(("case", *README_PEERS), list(lines.values()))
 
 

@@ -31,7 +31,8 @@ class Model:
     Attributes:
         name: the key in ``MODELS``.
         sizes: recipes by size; ``"tiny"`` is for tests (a step takes well under two seconds),
-            ``"bench"`` has activations worth saving (50 to 600 MB), ``"small"`` is between.
+            ``"bench"`` has activations worth saving (50 to 600 MB), ``"small"`` is between,
+            ``"long"`` has the longer sequences that make activations outweigh the gradients.
         tags: what the entry exercises: ``transformer``, ``conv``, ``dropout``, ``functorch``,
             ``hugging_face``, ``graph_break``, ``custom_op``, ``mutation``, ``float32_only`` (an
             operator of it has no float64), ``inductor_fails`` (stock Inductor of torch 2.13

@@ -38,7 +38,9 @@ _ENTRIES = (
         tiny=hugging_face.mixtral(
             2, 512, 64, 128, 4, 2, experts="grouped_mm", batch=2, length=32),
         bench=hugging_face.mixtral(
-            4, 4096, 256, 512, 8, 4, experts="grouped_mm", batch=2, length=256)),
+            4, 4096, 256, 512, 8, 4, experts="grouped_mm", batch=2, length=256),
+        long=hugging_face.mixtral(
+            4, 4096, 256, 512, 8, 4, experts="grouped_mm", batch=2, length=1024)),
     _model("bert", _HF,
         tiny=hugging_face.bert(2, 512, 64, 4, batch=2, length=64),
         bench=hugging_face.bert(4, 4096, 256, 4, batch=4, length=256)),

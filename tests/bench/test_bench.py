@@ -54,7 +54,7 @@ def test_cases_name_entries_sizes_and_peers_that_exist() -> None:
         assert case.size in MODELS[case.model].sizes
         assert set(case.peers) <= set(PEERS)
     assert set(QUICK_CASES) <= set(CASES)
-    assert {CASES[name].size for name in DEFAULT} == {"bench"}
+    assert {CASES[name].size for name in DEFAULT} == {"bench", "long"}
 
 
 def test_every_model_has_a_case_at_each_size() -> None:
@@ -69,6 +69,16 @@ def test_peers_come_after_those_whose_peaks_they_need() -> None:
             budget = PEERS[name].memory_budget
             if isinstance(budget, PeakOf):
                 assert budget.peer in order[:position]
+
+
+def test_step_times_are_compared_round_by_round(results: Write) -> None:
+    rows = compare.step_rows(load(results("a.json")))
+    rows["lm8", "inductor"]["step_seconds_rounds"] = [1.0, 2.0, 4.0]  # the machine slows down
+    rows["lm8", "memopt"]["step_seconds_rounds"] = [1.1, 2.2, 1.0]
+    assert compare.relative(rows, ("lm8", "memopt"), "step_seconds") == pytest.approx(1.1)
+    del rows["lm8", "memopt"]["step_seconds_rounds"][0]
+    seconds = [rows["lm8", peer]["step_seconds"] for peer in ("memopt", "inductor")]
+    assert compare.relative(rows, ("lm8", "memopt"), "step_seconds") == seconds[0] / seconds[1]
 
 
 def test_a_peer_brings_its_reference_along() -> None:
