@@ -247,7 +247,5 @@ def test_the_planner_knows_the_formula() -> None:
 @pytest.mark.gpu
 @BOTH
 def test_cuda_gives_the_numbers_of_the_whole_matrix(both: bool) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     inputs = [t.cuda() for t in pairs(3000, size=32)]
     assert_equal_in_float64(run(mine(both, 256), inputs), run(plain(both), inputs))

@@ -539,11 +539,6 @@ def test_all_other_ways_to_cut_compile_without_spills(
     assert_compiles(name, build, target)
 
 
-def needs_a_gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -553,14 +548,12 @@ def needs_a_gpu() -> None:
 def test_compiled_it_is_as_near_to_float64_as_chunks_are(
     options: dict[str, Any], dtype: torch.dtype, shape: tuple[int, int, int]
 ) -> None:
-    needs_a_gpu()
     assert_near_float64(lambda: Case.draw(*shape, dtype=dtype, device="cuda", **options), draws=2)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 def test_compiled_twice_it_gives_the_same_bits(dtype: torch.dtype) -> None:
-    needs_a_gpu()
     case = Case.draw(4096, 1024, 32_000, dtype=dtype, device="cuda", **FULL)
     assert_same_bits(case.cut(), case.cut())
 
@@ -568,7 +561,6 @@ def test_compiled_twice_it_gives_the_same_bits(dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 def test_compiled_it_allocates_what_the_formula_says(dtype: torch.dtype) -> None:
-    needs_a_gpu()
     case = Case.draw(8192, 1024, 50_304, dtype=dtype, device="cuda")
     args = (*arguments(case), True)
     linear_cross_entropy.REDUCED(*args)

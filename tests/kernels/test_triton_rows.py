@@ -134,15 +134,11 @@ def test_any_number_of_classes_will_do(classes: int, options: dict[str, Any]) ->
 def test_compiled_it_is_as_near_to_float64_as_eager_rows_are(
     options: dict[str, Any], dtype: torch.dtype, classes: int
 ) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     assert_near_float64(lambda: Rows.draw(64, classes, dtype=dtype, device="cuda", **options))
 
 
 @pytest.mark.gpu
 def test_compiled_twice_it_gives_the_same_bits() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     rows = Rows.draw(512, 50257, dtype=torch.bfloat16, device="cuda", **OPTIONS[7])
     pairs = zip(rows.kernel(), rows.kernel(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
