@@ -21,6 +21,7 @@ from tests.references import (
     doubles,
     run,
 )
+from tests.scratch import scratch_of
 
 Tensor = torch.Tensor
 BOTH = pytest.mark.parametrize("both", [True, False], ids=["both directions", "one direction"])
@@ -199,15 +200,6 @@ def test_torch_finds_the_operator_in_order(
     x, y, scale = (t.requires_grad_(on) for t, on in zip(pairs(dtype=dtype), trained, strict=True))
     a = arguments(x, y, scale, both)
     torch.library.opcheck(torch.ops.memopt.contrastive.default, a)
-
-
-def scratch_of(call: Callable[[], object]) -> int:
-    """Bytes that a call allocates and frees again, measured."""
-    call()
-    with Meter() as meter:
-        result = call()
-    del result
-    return meter.peak_bytes - meter.end_bytes
 
 
 @BOTH

@@ -1,5 +1,6 @@
 """The operators without logits in memory: their results, their bytes and where they serve."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -7,7 +8,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench.meter import Meter
 from memopt._torch import FakeTensorMode
 from memopt.errors import ConfigError
 from memopt.kernels import cut_cross_entropy as cut
@@ -15,6 +15,7 @@ from memopt.kernels import cut_launches, linear_cross_entropy
 from tests.idle_kernels import IdleKernels
 from tests.kernels.cut_cases import FULL, Case, arguments
 from tests.references import LOW_PRECISION
+from tests.scratch import scratch_of
 
 Tensor = torch.Tensor
 
@@ -68,11 +69,8 @@ def test_what_it_allocates_is_what_the_formula_says(
         (linear_cross_entropy.ROWS, a),
         (linear_cross_entropy.ROWS_BACKWARD, (*a, g, g)),
     ):
-        with Meter("cpu") as meter:
-            result = operator(*args)
-        measured = meter.peak_bytes - meter.end_bytes
+        measured = scratch_of(partial(operator, *args))
         assert abs(linear_cross_entropy.scratch_bytes(*args) - measured) <= 16  # single numbers
-        del result
 
 
 def test_scratch_grows_with_neither_rows_nor_classes_but_for_a_few_numbers_a_row() -> None:
@@ -121,9 +119,5 @@ def test_it_serves_where_it_can(
 def test_compiled_it_allocates_what_the_formula_says(dtype: torch.dtype) -> None:
     case = Case.draw(8192, 1024, 50_304, dtype=dtype, device="cuda")
     args = (*arguments(case), True)
-    linear_cross_entropy.REDUCED(*args)
-    with Meter("cuda") as meter:
-        result = linear_cross_entropy.REDUCED(*args)
-    measured = meter.peak_bytes - meter.end_bytes
+    measured = scratch_of(partial(linear_cross_entropy.REDUCED, *args), "cuda")
     assert abs(linear_cross_entropy.scratch_bytes(*args) - measured) <= 2**16  # rounded to blocks
-    del result
