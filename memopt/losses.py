@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from memopt.kernels import inputs
-from memopt.kernels.contrastive import Arguments as ContrastiveArguments
+from memopt.kernels.contrastive import Arguments
 from memopt.kernels.divergence import reduced_divergence
-from memopt.kernels.linear_cross_entropy import Arguments as CrossEntropyArguments
+from memopt.kernels.reduced_cross_entropy import checked_arguments, reduced_cross_entropy
 
 __all__ = [
     "contrastive",
@@ -75,7 +75,7 @@ def linear_cross_entropy(
     """
     inputs.one_of("reduction", reduction, "mean", "sum", "none")
     inputs.within("z_loss", z_loss, 0)
-    a = _cross_entropy(
+    a = checked_arguments(
         inputs.head("", hidden, weight, bias),
         inputs.target(target, hidden.shape[:-1], len(weight)),
         class_weight,
@@ -84,22 +84,8 @@ def linear_cross_entropy(
         (scale, inputs.within("softcap", softcap, 0)),
         chunk_rows,
     )
-    with inputs.no_autocast(hidden):
-        if reduction != "none" and not z_loss:
-            loss: Tensor = torch.ops.memopt.linear_cross_entropy(*a, reduction == "mean")[0]
-            return loss
-        values: Tensor
-        values, lse = torch.ops.memopt.linear_cross_entropy_rows(*a)
-    if not z_loss:
-        return values.view(hidden.shape[:-1])
-    counted = torch.ones_like(lse, dtype=torch.bool)
-    if not a.target.is_floating_point():
-        counted = a.target != ignore_index
-    penalty = z_loss * torch.where(counted, lse, 0.0).square()
-    if reduction == "mean":
-        return values.sum() / _total_weight(a, counted) + penalty.sum() / counted.sum()
-    each = values + penalty
-    return each.sum() if reduction == "sum" else each.view(hidden.shape[:-1])
+    loss = reduced_cross_entropy(a, reduction, z_loss)
+    return loss.view(hidden.shape[:-1]) if reduction == "none" else loss
 
 
 def linear_log_probs(
@@ -137,7 +123,7 @@ def linear_log_probs(
         IndexError: a class is not in ``[0, V)``.
     """
     inputs.positive("temperature", temperature)
-    a = _cross_entropy(
+    a = checked_arguments(
         inputs.head("", hidden, weight, bias),
         inputs.target(target, hidden.shape[:-1], len(weight), soft=False),
         None,
@@ -283,7 +269,7 @@ def contrastive(
     Source: InfoNCE (van den Oord et al., 2018); CLIP (Radford et al., 2021).
     """
     x, y, scale = inputs.pairs(x, y, scale, both=both)
-    a = ContrastiveArguments(
+    a = Arguments(
         x,
         y,
         scale,
@@ -294,37 +280,3 @@ def contrastive(
     with inputs.no_autocast(x):
         loss: Tensor = torch.ops.memopt.contrastive(*a)[0]
     return loss
-
-
-def _cross_entropy(
-    head: inputs.Head,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    scale_and_softcap: tuple[float, float],
-    chunk_rows: int | None,
-) -> CrossEntropyArguments:
-    """What both operators of the cross-entropy take."""
-    hidden, weight, _ = head
-    if class_weight is not None:
-        inputs.per_class("class_weight", class_weight, len(weight))
-        inputs.constant("class_weight", class_weight)
-    return CrossEntropyArguments(
-        *head,
-        target,
-        class_weight,
-        ignore_index,
-        label_smoothing,
-        *scale_and_softcap,
-        inputs.chunk_size(chunk_rows, len(hidden), len(weight), hidden.device),
-        inputs.wanted(*head),
-    )
-
-
-def _total_weight(a: CrossEntropyArguments, counted: Tensor) -> Tensor:
-    """What the mean divides by."""
-    if a.class_weight is None or a.target.is_floating_point():
-        return counted.sum()
-    target = torch.where(counted, a.target, 0)
-    return (a.class_weight.to(a.wide)[target] * counted).sum()

@@ -1,4 +1,4 @@
-"""What every test shares: one Inductor cache per session, one seed, no compiled code left over."""
+"""What tests share: one Inductor cache per session, one seed, nothing compiled left over."""
 
 import os
 import sys
@@ -16,6 +16,12 @@ settings.register_profile(
 )
 settings.register_profile("explore", settings.get_profile("repeatable"), derandomize=False)
 settings.load_profile("repeatable")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test marked ``gpu`` is skipped where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
 
 
 @pytest.fixture(scope="session", autouse=True)

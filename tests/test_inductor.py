@@ -4,35 +4,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import memopt
 from bench.meter import Meter
-from bench.zoo import MODELS, loss_of
+from bench.zoo import MODELS
 from memopt._torch import dynamo_counters
+from tests.training import gradients, train_step
 
 NAMES = ("lm_dropout", "unet")
 
 
-def step(run: Any, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(3)
-    outputs = run(**inputs)
-    loss = loss_of(outputs)
-    loss.backward()  # type: ignore[no-untyped-call]
-    return loss.detach()
-
-
 def peak_of(run: Any, model: nn.Module, inputs: dict[str, Any]) -> int:
-    step(run, model, inputs)
+    train_step(run, model, inputs)
     model.zero_grad(set_to_none=True)
     with Meter("cpu") as meter:
-        step(run, model, inputs)
+        train_step(run, model, inputs)
     return meter.peak_bytes
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,7 +59,7 @@ def test_a_second_compilation_comes_from_the_cache_and_other_options_do_not() ->
     def hits(budget: Any) -> int:
         torch._dynamo.reset()
         before = dynamo_counters["aot_autograd"]["autograd_cache_hit"]
-        step(
+        train_step(
             torch.compile(model, backend="memopt", options={"memory_budget": budget}),
             model,
             inputs,

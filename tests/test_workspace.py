@@ -1,25 +1,13 @@
 """The scratch of library kernels, formula and probe, against the allocator."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
-from bench.meter import Meter
 from memopt.workspace import workspace_bytes
+from tests.scratch import scratch_of
 
 aten = torch.ops.aten
-
-
-def scratch(call: Callable[[], Any]) -> int:
-    """Peak above what the call returns, measured."""
-    call()
-    with Meter("cpu") as meter:
-        result = call()
-    del result
-    return meter.peak_bytes - meter.end_bytes
 
 
 def attention(batch: int, heads: int, length: int, head: int, dtype: torch.dtype) -> list[Tensor]:
@@ -35,7 +23,7 @@ def test_attention_forward_holds_what_the_formula_says(
     torch.set_num_threads(threads)
     args = (*attention(1, 2, length, head, dtype), 0.0, True)
     op = aten._scaled_dot_product_flash_attention_for_cpu.default
-    assert workspace_bytes(op, args, {}, None) == scratch(lambda: op(*args))
+    assert workspace_bytes(op, args, {}, None) == scratch_of(lambda: op(*args))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -48,21 +36,21 @@ def test_attention_backward_holds_what_the_formula_says(
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True)
     args = (torch.randn_like(out), query, key, value, out, lse, 0.0, True)
     op = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-    assert workspace_bytes(op, args, {}, None) == scratch(lambda: op(*args))
+    assert workspace_bytes(op, args, {}, None) == scratch_of(lambda: op(*args))
 
 
 def test_a_convolution_is_probed() -> None:
     x, weight = torch.randn(2, 8, 16, 16), torch.randn(16, 8, 3, 3)
     args = (x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
     op = aten.convolution.default
-    assert workspace_bytes(op, args, {}, None) == scratch(lambda: op(*args))
+    assert workspace_bytes(op, args, {}, None) == scratch_of(lambda: op(*args))
 
 
 def test_type_promotion_copies_an_operand() -> None:
     args = (torch.randn(64, 64, dtype=torch.float64), torch.randn(64, 64))
     op = aten.mul.Tensor
     found = workspace_bytes(op, args, {}, None)
-    assert found == scratch(lambda: op(*args))
+    assert found == scratch_of(lambda: op(*args))
 
 
 def test_a_probe_leaves_the_random_state_alone() -> None:

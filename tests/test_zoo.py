@@ -11,25 +11,12 @@ from torch import Tensor, nn
 
 import memopt
 from bench.meter import Meter
-from bench.zoo import MODELS, loss_of
+from bench.zoo import MODELS
 from memopt.report import Report
+from tests.training import gradients, train_step
 
 BUDGETS = (None, 0.75, "min")
 TINY = sorted(name for name, model in MODELS.items() if "tiny" in model.sizes)
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def train_step(step: Any, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """One step from the same random state; the outputs stay alive to its end."""
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(3)
-    outputs = step(**inputs)
-    loss = loss_of(outputs)
-    loss.backward()  # type: ignore[no-untyped-call]
-    return loss.detach()
 
 
 def assert_close_to_reference(

@@ -134,8 +134,6 @@ def test_the_pass_does_not_ask_about_distributions_nor_where_rows_are_given(
 
 @pytest.mark.gpu
 def test_timing_leaves_the_generator_alone_and_gives_seconds(cache: Path) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     before = torch.cuda.get_rng_state()
     size = Size(4096, 1024, 32_000, torch.bfloat16, GPU)
     assert 0 < choice.seconds(size, 0) < 10

@@ -21,6 +21,7 @@ from tests.references import (
     doubles,
     run,
 )
+from tests.scratch import scratch_of
 
 Tensor = torch.Tensor
 BOTH = pytest.mark.parametrize("both", [True, False], ids=["both directions", "one direction"])
@@ -201,15 +202,6 @@ def test_torch_finds_the_operator_in_order(
     torch.library.opcheck(torch.ops.memopt.contrastive.default, a)
 
 
-def scratch_of(call: Callable[[], object]) -> int:
-    """Bytes that a call allocates and frees again, measured."""
-    call()
-    with Meter() as meter:
-        result = call()
-    del result
-    return meter.peak_bytes - meter.end_bytes
-
-
 @BOTH
 @pytest.mark.parametrize(
     ("sizes", "dtype"),
@@ -247,7 +239,5 @@ def test_the_planner_knows_the_formula() -> None:
 @pytest.mark.gpu
 @BOTH
 def test_cuda_gives_the_numbers_of_the_whole_matrix(both: bool) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     inputs = [t.cuda() for t in pairs(3000, size=32)]
     assert_equal_in_float64(run(mine(both, 256), inputs), run(plain(both), inputs))

@@ -253,22 +253,24 @@ def test_two_runs_are_equal_bit_by_bit(reduction: str, dtype: torch.dtype) -> No
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_a_second_derivative_is_refused(reduction: str) -> None:
+def trained_loss(reduction: str) -> tuple[Tensor, Tensor]:
+    """Hidden states, and a loss that they are trained by."""
     c = case()
     x, weight, bias = c.inputs
     x.requires_grad_()
-    loss = c.mine(reduction)(x, weight, bias).sum()
+    return x, c.mine(reduction)(x, weight, bias).sum()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_second_derivative_is_refused(reduction: str) -> None:
+    x, loss = trained_loss(reduction)
     with pytest.raises(DoubleBackwardError, match="second derivative"):
         torch.autograd.grad(loss, x, create_graph=True)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_a_kept_graph_gives_the_same_gradients_twice(reduction: str) -> None:
-    c = case()
-    x, weight, bias = c.inputs
-    x.requires_grad_()
-    loss = c.mine(reduction)(x, weight, bias).sum()
+    x, loss = trained_loss(reduction)
     first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
 
@@ -326,62 +328,6 @@ def test_torch_finds_the_operators_in_order(reduction: str, options: dict[str, A
     else:
         operator = torch.ops.memopt.linear_cross_entropy.default
         torch.library.opcheck(operator, (*a, reduction == "mean"))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(64, 32, 2000, 16), (300, 64, 30000, 100), (270, 64, 8000, 30)])
-@pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("ignored", [False, True])
-@pytest.mark.parametrize(
-    ("softcap", "smoothing", "weighted"), [(0.0, 0.0, False), (5.0, 0.1, True), (0.0, 0.1, True)]
-)
-def test_what_it_allocates_is_what_the_formula_says_whatever_is_ignored(
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    trained: bool,
-    ignored: bool,
-    softcap: float,
-    smoothing: float,
-    weighted: bool,
-) -> None:
-    rows, width, classes, chunk_rows = shape
-    x, w = torch.randn(rows, width, dtype=dtype), torch.randn(classes, width, dtype=dtype)
-    target = torch.randint(0, classes, (rows,))
-    if ignored:
-        target[::5] = -100
-    weight = torch.rand(classes) if weighted else None
-    wanted = [trained, trained, False]
-    args = (x, w, None, target, weight, -100, smoothing, 1.0, softcap, chunk_rows, wanted, True)
-    kernel.REDUCED(*args)
-    with Meter("cpu") as meter:
-        result = kernel.REDUCED(*args)
-    measured = meter.peak_bytes - meter.end_bytes
-    assert abs(kernel.scratch_bytes(*args) - measured) <= measured // 100 + 4096
-    del result
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("target_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("smoothing", "weighted"), [(0.0, False), (0.1, False), (0.1, True)])
-@pytest.mark.parametrize("trained", [False, True])
-def test_the_formula_knows_what_distributions_as_targets_cost(
-    dtype: torch.dtype,
-    target_dtype: torch.dtype,
-    smoothing: float,
-    weighted: bool,
-    trained: bool,
-) -> None:
-    x, w = torch.randn(60, 32, dtype=dtype), torch.randn(20000, 32, dtype=dtype)
-    target = torch.randn(60, 20000).softmax(1).to(target_dtype)
-    weight = torch.rand(20000) if weighted else None
-    wanted = [trained, trained, False]
-    args = (x, w, None, target, weight, -100, smoothing, 1.0, 0.0, 20, wanted, True)
-    kernel.REDUCED(*args)
-    with Meter("cpu") as meter:
-        result = kernel.REDUCED(*args)
-    measured = meter.peak_bytes - meter.end_bytes
-    assert abs(kernel.scratch_bytes(*args) - measured) <= measured // 100 + 4096
-    del result
 
 
 @pytest.mark.parametrize("flipped", ["x", "weight"])

@@ -14,7 +14,7 @@ from memopt.passes import PRE_GRAD
 from memopt.pipeline import PassContext, Pipeline
 from memopt.remarks import RemarkKind
 from tests import references
-from tests.passes.test_chunk_losses import assert_close, options, run_compiled
+from tests.passes.compiling import assert_close, options, rewritten, run_compiled
 
 PAIRS, SIZE = 300, 8
 
@@ -106,21 +106,6 @@ def gradients(value: Tensor, batch: Batch) -> list[Tensor | None]:
     return list(torch.autograd.grad(value, list(batch), allow_unused=True))
 
 
-def rewritten(function: Function, batch: Batch, **chunk: Any) -> fx.Graph:
-    """The graph after the passes that run on Dynamo's."""
-    graphs: list[fx.Graph] = []
-
-    def backend(gm: fx.GraphModule, _: Any) -> Any:
-        Pipeline("pre_grad", PRE_GRAD).run(gm, PassContext(read_options(options(**chunk))))
-        graphs.append(gm.graph)
-        return gm.forward
-
-    compiled: Any = torch.compile(function, backend=backend)
-    compiled(batch)
-    (graph,) = graphs
-    return graph
-
-
 @pytest.mark.parametrize("form", FUSED)
 def test_every_spelling_becomes_one_operator_with_eagers_numbers(form: str) -> None:
     function, batch = FUSED[form], Batch.draw()
@@ -134,7 +119,6 @@ def test_every_spelling_becomes_one_operator_with_eagers_numbers(form: str) -> N
     assert record.rewrites["chunk_losses"] == (
         2 if form in ("twice", "scaled by another loss") else 1
     )
-    torch._dynamo.reset()
     graph = rewritten(function, batch)
     names = [str(node.target) for node in graph.nodes if "memopt" in str(node.target)]
     assert set(names) == {"memopt.contrastive.default"}
@@ -314,7 +298,6 @@ def test_low_precision_is_as_near_to_float64_as_eager_with_one_product_is(
         torch.manual_seed(next(seeds))
         batch = Batch(*(t.detach().normal_().requires_grad_() for t in batch))
         exact = Batch(*(t.detach().double().requires_grad_() for t in batch))
-        torch._dynamo.reset()
         value, (record,) = run_compiled(own, batch)
         assert record.rewrites["chunk_losses"] == 1
         results = (value, batch), (same_product(exact), exact), (plain(batch), batch)
@@ -339,7 +322,6 @@ def test_returned_similarities_are_kept_unless_they_may_be_none() -> None:
     kept, (record,) = run_compiled(Clip(), batch)
     assert any("logits='none' would return None" in r.text for r in record.remarks)
     torch.testing.assert_close(kept, expected)
-    torch._dynamo.reset()
     (loss, *rest), (record,) = run_compiled(Clip(), batch, logits="none")
     assert rest == [None, None]
     assert record.rewrites["chunk_losses"] == 1

@@ -1,5 +1,6 @@
 """Gradients of embeddings: no float32 copy of the weight's size, and none beside a tied head's."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 import memopt
 from bench.meter import Meter
 from memopt.kernels.embedding_gradient import EMBEDDING_GRADIENT, scratch_bytes
+from tests.scratch import scratch_of
 
 ROWS, WIDTH, TOKENS = 5000, 128, 8
 
@@ -84,12 +86,8 @@ def test_rows_are_added_up_in_float32_and_negative_indices_count_from_the_end() 
 def test_scratch_is_bounded_by_the_tokens() -> None:
     index = torch.randint(0, ROWS, (300,))
     args = (index, torch.ones(300, dtype=torch.bool), torch.randn(300, WIDTH).bfloat16(), ROWS)
-    EMBEDDING_GRADIENT(*args)
-    with Meter("cpu") as meter:
-        result = EMBEDDING_GRADIENT(*args)
-    measured = meter.peak_bytes - meter.end_bytes
+    measured = scratch_of(partial(EMBEDDING_GRADIENT, *args))
     assert measured <= scratch_bytes(*args) <= 1.5 * measured
-    del result
 
 
 def test_the_operator_keeps_torchs_contracts() -> None:

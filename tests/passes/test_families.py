@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
-from bench.zoo import step
 from bench.zoo.families import CAUSAL_LMS, Family, trains_in_eager
 from memopt.backend import compile_graph, read_options
 from memopt.record import GraphRecord
+from tests.training import gradients, train_step
 
 # Heads and losses with a form of their own.
 UNMATCHED = {
@@ -20,24 +20,19 @@ UNMATCHED = {
 }
 
 
-def gradients(run: Any, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(3)
-    step(run, inputs)
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
 def matched(family: Family) -> bool:
     """Whether the pass fires; whether or not, the numbers must be eager's."""
     model, inputs = family.make(vocab=512)
-    expected = gradients(model, model, inputs)
+    train_step(model, model, inputs)
+    expected = gradients(model)
     records: list[GraphRecord] = []
     config = read_options({"lowering": "eager", "strict": True})
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         return compile_graph(gm, example_inputs, config, records.append)
 
-    actual = gradients(torch.compile(model, backend=backend), model, inputs)
+    train_step(torch.compile(model, backend=backend), model, inputs)
+    actual = gradients(model)
     assert actual.keys() == expected.keys()
     scale = max(float(g.abs().max()) for g in expected.values())
     worst = max(float((actual[n] - g).abs().max()) for n, g in expected.items())

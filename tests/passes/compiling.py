@@ -1,0 +1,61 @@
+"""Compiles a function with the pass for losses: its graph, its result and what is said of it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from memopt.backend import compile_graph, read_options
+from memopt.passes import PRE_GRAD
+from memopt.pipeline import PassContext, Pipeline
+from memopt.record import GraphRecord
+
+
+def options(**chunk: Any) -> dict[str, Any]:
+    """Options of memopt in which a failing pass raises; ``chunk`` is those of the pass."""
+    return {"lowering": "eager", "strict": True, "passes": {"chunk_losses": chunk or True}}
+
+
+def compiled(
+    function: Callable[..., Any], **chunk: Any
+) -> tuple[Callable[..., Any], list[GraphRecord]]:
+    """The function, and what is said of each of its graphs once it has run."""
+    torch._dynamo.reset()
+    config, records = read_options(options(**chunk)), list[GraphRecord]()
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        return compile_graph(gm, inputs, config, records.append)
+
+    return torch.compile(function, backend=backend, dynamic=False), records
+
+
+def run_compiled(
+    function: Callable[..., Any], *args: Any, **chunk: Any
+) -> tuple[Any, list[GraphRecord]]:
+    """The result of one call, and what was said of each graph."""
+    own, records = compiled(function, **chunk)
+    return own(*args), records
+
+
+def rewritten(function: Callable[..., Any], *args: Any, **chunk: Any) -> fx.Graph:
+    """The one graph of a function after the passes that run on Dynamo's."""
+    graphs: list[fx.Graph] = []
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        Pipeline("pre_grad", PRE_GRAD).run(gm, PassContext(read_options(options(**chunk))))
+        graphs.append(gm.graph)
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend, dynamic=False)(*args)
+    (graph,) = graphs
+    return graph
+
+
+def assert_close(actual: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> None:
+    """Equal in float64, but for the order of sums; no gradient where none is expected."""
+    for a, e in zip(actual, expected, strict=True):
+        assert (a is None) == (e is None)
+        if a is not None and e is not None:
+            torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
