@@ -27,7 +27,7 @@ from memopt.emit import emit, same_shape, shape_of, traced
 from memopt.graph import source_line
 from memopt.kernels.contrastive import CONTRASTIVE
 from memopt.kernels.head import default_chunk_rows
-from memopt.passes.heads import Head, loosely, overwriter, unsafe
+from memopt.passes.heads import Head, loosely, overwriter, stops_gradient, unsafe
 from memopt.passes.similarities import Direction, Pair, find_pairs
 from memopt.passes.steps import FACTORS, divides, overwrites
 from memopt.pipeline import PassContext
@@ -160,16 +160,10 @@ def _changed(pair: Pair, last: fx.Node) -> str:
         return "the products have different dtypes"
     if len({traced(loss).requires_grad for loss in pair.losses}) > 1:
         return "one direction has a gradient and the other none"
-    stopped = any(_stops_gradient(node) for node in nodes)
+    stopped = any(map(stops_gradient, nodes))
     if stopped and traced(a.loss.node).requires_grad:
         return "a part of the product has no gradient"
     return unsafe(Head(min(nodes), a.x, a.y, a.scale.tensor), last)
-
-
-def _stops_gradient(node: fx.Node) -> bool:
-    inputs = [traced(n) for n in node.all_input_nodes]
-    trained = any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs)
-    return bool(trained) != bool(traced(node).requires_grad)
 
 
 def _fuse(graph: fx.Graph, pair: Pair, total: Sum, chunk_rows: int) -> int:

@@ -127,6 +127,16 @@ def unsafe(head: Head, last: fx.Node) -> str:
     return ""
 
 
+def stops_gradient(node: fx.Node) -> bool:
+    """Whether something that a node reads is trained and its result is not, as under no_grad.
+
+    A view that was made there claims to be trained, but is a leaf.
+    """
+    inputs = [traced(n) for n in node.all_input_nodes]
+    trained = any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs)
+    return trained and bool(traced(node).is_leaf)
+
+
 def overwriter(values: Iterable[fx.Node], first: fx.Node, last: fx.Node) -> fx.Node | None:
     """The first node between two others that writes to the memory of any of these values."""
     held = {memory(value) for value in values}

@@ -16,7 +16,7 @@ from torch import fx
 
 from memopt._torch import size_hint
 from memopt.emit import emit, extent, same_shape, shape_of, traced
-from memopt.passes.heads import Head, loosely, untransposed
+from memopt.passes.heads import Head, loosely, stops_gradient, untransposed
 from memopt.passes.steps import (
     FACTORS,
     PLAIN,
@@ -75,7 +75,8 @@ class Logits:
 
 def follow(head: Head) -> tuple[dict[fx.Node, Logits], list[tuple[fx.Node, Logits]]]:
     """Every node that holds the head's logits, and every reader that does something else."""
-    members = {head.node: Logits(head.node, bias=head.bias, path=head.path)}
+    start = Logits(head.node, bias=head.bias, path=head.path, detached=stops_gradient(head.node))
+    members = {head.node: start}
     readers: list[tuple[fx.Node, Logits]] = []
     todo = [head.node]
     while todo:
@@ -113,7 +114,7 @@ def step(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
     for rule in (_same, _detached, _cast, _valued, _normalised, shaped, _swapped):
         found = rule(user, logits, head)
         if found is not None:
-            return replace(found, node=user)
+            return replace(found, node=user, detached=found.detached or stops_gradient(user))
     return None
 
 
