@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,10 +137,23 @@ def stops_gradient(node: fx.Node) -> bool:
     return trained and bool(traced(node).is_leaf)
 
 
-def overwriter(values: Iterable[fx.Node], first: fx.Node, last: fx.Node) -> fx.Node | None:
-    """The first node between two others that writes to the memory of any of these values."""
+def overwriter(
+    values: Iterable[fx.Node],
+    first: fx.Node,
+    last: fx.Node,
+    besides: Collection[fx.Node] = (),
+) -> fx.Node | None:
+    """The first node between two others that writes to the memory of any of these values.
+
+    Args:
+        values: what must stay as it is.
+        first: the node before.
+        last: the node behind.
+        besides: nodes that may write, because they do so to something else.
+    """
     held = {memory(value) for value in values}
     late = (node for node in first.graph.nodes if first < node < last and overwrites(node))
+    late = (node for node in late if node not in besides)
     return next((n for n in late if held & set(map(memory, n.all_input_nodes))), None)
 
 
