@@ -36,7 +36,7 @@ def emit(
         like: the node whose source line and module the new one inherits.
     """
     args, kwargs = tuple(args), dict(kwargs or {})
-    values, named = pytree.tree_map_only(fx.Node, traced, (args, kwargs))
+    values, named = fx.map_arg((args, kwargs), traced)  # reaches into slices, unlike pytree
     modes = [t.fake_mode for t in pytree.tree_leaves(values) if isinstance(t, FakeTensor)]
     if isinstance(target, str):
         node = graph.call_method(target, args, kwargs)

@@ -125,7 +125,8 @@ def _refusal(pair: Pair, total: Sum | None, dropped: bool) -> str:
         loss = direction.loss
         if loss.weight is not None or loss.label_smoothing or loss.reduction != "mean":
             return "the cross-entropies have weights, smoothing or another reduction than mean"
-        if loss.ignore_index >= 0 or not _is_arange(loss.target, pair.size, last):
+        known = isinstance(loss.ignore_index, int) and loss.ignore_index < 0
+        if not known or not _is_arange(loss.target, pair.size, last):
             return "the classes are not seen to be arange(N)"
     if total is None:  # (2)
         return "the losses are not only read as their sum"

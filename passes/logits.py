@@ -235,10 +235,10 @@ def _keeps_last(index: Any, rank: int) -> bool:
     items = list(index) if isinstance(index, tuple) else [index]
     if any(isinstance(item, fx.Node) and shape_of(item) for item in items):
         return False
-    consumed = sum(item is not None and item is not Ellipsis for item in items)
-    if Ellipsis not in items and consumed < rank:
-        return True
-    return items[-1] is Ellipsis or items[-1] == slice(None)
+    taken = [item for item in items if item is not None and item is not Ellipsis]
+    if len(taken) == rank:
+        return bool(taken[-1] == slice(None))
+    return Ellipsis not in items or items[-1] is Ellipsis or items[-1] == slice(None)
 
 
 def _swapped(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
