@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from memopt._torch import size_hint
-from memopt.emit import emit, same_shape, shape_of, traced
+from memopt.emit import constant, emit, same_shape, shape_of, traced
 from memopt.graph import source_line
 from memopt.kernels.contrastive import CONTRASTIVE
 from memopt.kernels.head import default_chunk_rows
@@ -210,7 +210,7 @@ def _operator(graph: fx.Graph, a: Direction, rows: int) -> fx.Node:
             scale = call(operator.mul, scale, a.scale.number)
     inputs.append(scale)
     if not result.requires_grad:
-        inputs = [call("detach", node) for node in inputs]
+        inputs = [constant(graph, node, like=like) for node in inputs]
     wanted = [bool(traced(node).requires_grad) for node in inputs]
     mean = call(operator.getitem, call(CONTRASTIVE, *inputs, rows, wanted, True), 0)
     return typed(call(operator.mul, mean, 2.0), result.dtype)
