@@ -52,6 +52,8 @@ from torch._inductor.virtualized import V
 from torch._logging._internal import trace_structured
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.grad_mode import _enter_inference_mode as enter_inference_mode
+from torch.autograd.grad_mode import _exit_inference_mode as exit_inference_mode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._python_dispatch import _disable_current_modes as disable_modes
@@ -78,6 +80,8 @@ __all__ = [
     "disable_modes",
     "dynamo_config",
     "dynamo_counters",
+    "enter_inference_mode",
+    "exit_inference_mode",
     "extract_forward_and_backward",
     "force_save_bw_mutation_src",
     "force_save_collectives",

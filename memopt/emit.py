@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from memopt._torch import FakeTensor, pytree, size_expr
+from memopt._torch import (
+    FakeTensor,
+    enter_inference_mode,
+    exit_inference_mode,
+    pytree,
+    size_expr,
+)
 
 TRACED = "example_value"
 _INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
@@ -36,7 +42,7 @@ def emit(
         like: the node whose source line and module the new one inherits.
     """
     args, kwargs = tuple(args), dict(kwargs or {})
-    values, named = pytree.tree_map_only(fx.Node, traced, (args, kwargs))
+    values, named = fx.map_arg((args, kwargs), traced)  # reaches into slices, unlike pytree
     modes = [t.fake_mode for t in pytree.tree_leaves(values) if isinstance(t, FakeTensor)]
     if isinstance(target, str):
         node = graph.call_method(target, args, kwargs)
@@ -52,6 +58,14 @@ def emit(
     node.meta.update({key: like.meta[key] for key in _INHERITED if key in like.meta})
     node.meta[TRACED] = value
     return node
+
+
+def constant(graph: fx.Graph, node: fx.Node, *, like: fx.Node) -> fx.Node:
+    """The same values without a gradient; in inference mode there is none, nor may one detach."""
+    before = [n for n in graph.nodes if n < like]
+    left = {n.args[0] for n in before if n.target is exit_inference_mode}
+    modes = [n.args for n in before if n.target is enter_inference_mode and n not in left]
+    return node if modes[-1:] == [(True,)] else emit(graph, "detach", (node,), like=like)
 
 
 def shape_of(node: fx.Node) -> tuple[Any, ...]:

@@ -238,9 +238,10 @@ class _Attach(torch.autograd.Function):
                 'options={"passes": {"chunk_losses": {"logits": "full"}}}'
             )
         with torch.enable_grad():
-            value = rows.compute(rows.hidden)
+            own = rows.aliased()
+            value = own.compute(own.hidden)
         return None, *torch.autograd.grad(
-            value, rows.inputs, gradients, create_graph=torch.is_grad_enabled(), allow_unused=True
+            value, own.inputs, gradients, create_graph=torch.is_grad_enabled(), allow_unused=True
         )
 
 

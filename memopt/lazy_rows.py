@@ -33,15 +33,17 @@ class Stamp:
         name: what it is, for the error.
         tensor: the tensor.
         state: changes with every write that autograd knows of, and with the memory.
+        sample: a few of its numbers: fused optimizers and ``.data`` write unseen by autograd.
     """
 
     name: str
     tensor: torch.Tensor
     state: tuple[int, int]
+    sample: torch.Tensor
 
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor) -> "Stamp":
-        return cls(name, tensor, _state(tensor))
+        return cls(name, tensor, _state(tensor), _sample(tensor))
 
     def check(self) -> None:
         """Raise if the tensor is not what it was.
@@ -49,7 +51,8 @@ class Stamp:
         Raises:
             StaleLogitsError: it was changed in place, moved or freed.
         """
-        if _state(self.tensor) != self.state:
+        same = _state(self.tensor) == self.state
+        if not (same and torch.equal(_sample(self.tensor), self.sample)):
             raise StaleLogitsError(
                 f"the logits were not kept and cannot be computed any more: {self.name} was "
                 "changed in place, moved or freed since the forward. Read the logits before "
@@ -61,6 +64,15 @@ class Stamp:
 def _state(tensor: torch.Tensor) -> tuple[int, int]:
     version = 0 if tensor.is_inference() else tensor._version
     return version, tensor.data_ptr()
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    """Up to 32 rows and 32 columns of the first matrix, as bytes: so that NaN equals itself."""
+    steps = [slice(None, None, max(1, -(-size // 32))) for size in tensor.shape[-2:]]
+    first = [slice(1)] * (tensor.ndim - len(steps))
+    with torch.no_grad():
+        picked = tensor[tuple(first + steps)].clone(memory_format=torch.contiguous_format)
+        return picked.view(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -172,6 +184,17 @@ class Rows:
             function=lambda z: step(first(z)),
             elementwise=self.elementwise and elementwise,
         )
+
+    def aliased(self) -> "Rows":
+        """The same rows of views of the inputs: gradients of these go no way round by others.
+
+        The hidden state may depend on the weight: it does where the weight is an embedding's
+        too, and a compiled model depends on all its parameters at once.
+        """
+        weight, bias = self.head.weight, self.head.bias
+        bias = None if bias is None else bias.view_as(bias)
+        head = replace(self.head, weight=weight.view_as(weight), bias=bias)
+        return self.copy(self.like, hidden=self.hidden.view_as(self.hidden), head=head)
 
     def twin_of(self, other: "Rows") -> bool:
         """Whether both are functions of the same logits, with gradients or without."""

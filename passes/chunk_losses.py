@@ -24,7 +24,7 @@ from memopt.graph import source_line
 from memopt.passes.contrastive_losses import fuse_pairs
 from memopt.passes.divergence_operators import left_whole, write_divergence
 from memopt.passes.divergences import Divergence, Divergences, find_divergences
-from memopt.passes.heads import Head, unsafe
+from memopt.passes.heads import Head, overwriter, unsafe
 from memopt.passes.logits import Logits, flipped, follow, rows_of
 from memopt.passes.row_losses import Loss, find_heads, find_loss
 from memopt.passes.row_operators import RowOperators
@@ -83,6 +83,17 @@ def _readers(head: Head, divergences: Divergences) -> _Readers | str:
                 reason = divergences.reasons.get(reader, str(reader.target))
                 return f"the logits are also read by {reader.name} ({reason})"
     return found
+
+
+def _too_late(head: Head, last: fx.Node) -> str:
+    """Why the logits may not be made as late as at ``last``; or ``""``."""
+    if reason := unsafe(head, last):
+        return reason
+    members = follow(head)[0].keys()
+    read = {n for member in members - {head.node} for n in member.all_input_nodes}
+    if writer := overwriter(read - members, head.node, last, besides=members):
+        return f"{writer.name} overwrites a factor or bias of the logits before the loss"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -153,8 +164,8 @@ class ChunkLosses:
         last = output if readers.returned else max(reader.node for reader in served)
         whole = {d: divergences.teacher_stays(d) for d in readers.distilled}
         teachers = {d: left_whole(d.teacher) if s else d.teacher for d, s in whole.items()}
-        refusals = (unsafe(teacher.head, d.node) for d, teacher in teachers.items())
-        late = unsafe(head, last) or self._refusal(head, readers.returned)
+        refusals = (_too_late(teacher.head, d.node) for d, teacher in teachers.items())
+        late = _too_late(head, last) or self._refusal(head, readers.returned)
         if reason := late or next(filter(None, refusals), ""):
             return reason
         if unstack(graph, readers.members):

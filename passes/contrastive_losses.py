@@ -23,11 +23,11 @@ import torch
 from torch import fx
 
 from memopt._torch import size_hint
-from memopt.emit import emit, same_shape, shape_of, traced
+from memopt.emit import constant, emit, same_shape, shape_of, traced
 from memopt.graph import source_line
 from memopt.kernels.contrastive import CONTRASTIVE
 from memopt.kernels.head import default_chunk_rows
-from memopt.passes.heads import Head, loosely, overwriter, unsafe
+from memopt.passes.heads import Head, loosely, overwriter, stops_gradient, unsafe
 from memopt.passes.similarities import Direction, Pair, find_pairs
 from memopt.passes.steps import FACTORS, divides, overwrites
 from memopt.pipeline import PassContext
@@ -125,7 +125,8 @@ def _refusal(pair: Pair, total: Sum | None, dropped: bool) -> str:
         loss = direction.loss
         if loss.weight is not None or loss.label_smoothing or loss.reduction != "mean":
             return "the cross-entropies have weights, smoothing or another reduction than mean"
-        if loss.ignore_index >= 0 or not _is_arange(loss.target, pair.size, last):
+        known = isinstance(loss.ignore_index, int) and loss.ignore_index < 0
+        if not known or not _is_arange(loss.target, pair.size, last):
             return "the classes are not seen to be arange(N)"
     if total is None:  # (2)
         return "the losses are not only read as their sum"
@@ -160,16 +161,10 @@ def _changed(pair: Pair, last: fx.Node) -> str:
         return "the products have different dtypes"
     if len({traced(loss).requires_grad for loss in pair.losses}) > 1:
         return "one direction has a gradient and the other none"
-    stopped = any(_stops_gradient(node) for node in nodes)
+    stopped = any(map(stops_gradient, nodes))
     if stopped and traced(a.loss.node).requires_grad:
         return "a part of the product has no gradient"
     return unsafe(Head(min(nodes), a.x, a.y, a.scale.tensor), last)
-
-
-def _stops_gradient(node: fx.Node) -> bool:
-    inputs = [traced(n) for n in node.all_input_nodes]
-    trained = any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs)
-    return bool(trained) != bool(traced(node).requires_grad)
 
 
 def _fuse(graph: fx.Graph, pair: Pair, total: Sum, chunk_rows: int) -> int:
@@ -215,7 +210,7 @@ def _operator(graph: fx.Graph, a: Direction, rows: int) -> fx.Node:
             scale = call(operator.mul, scale, a.scale.number)
     inputs.append(scale)
     if not result.requires_grad:
-        inputs = [call("detach", node) for node in inputs]
+        inputs = [constant(graph, node, like=like) for node in inputs]
     wanted = [bool(traced(node).requires_grad) for node in inputs]
     mean = call(operator.getitem, call(CONTRASTIVE, *inputs, rows, wanted, True), 0)
     return typed(call(operator.mul, mean, 2.0), result.dtype)

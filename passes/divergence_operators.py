@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from memopt.emit import emit, extent, shape_of, traced
+from memopt.emit import constant, emit, extent, shape_of, traced
 from memopt.kernels.divergence import REDUCED, ROWS
 from memopt.passes.distributions import at_hand, is_at_hand
 from memopt.passes.divergences import Divergence
@@ -92,7 +92,7 @@ class _Writer:
         while path and path[-1].target in RESHAPES:
             path = path[:-1]
         x = rows_of(self.graph, self.teacher.head, replace(logits, path=path), self.fixed.rows)
-        return self.call("detach", x)
+        return constant(self.graph, x, like=self.divergence.node)
 
     def column(self) -> fx.Node:
         """Divergences of rows in the shape of the elementwise values, with one class."""

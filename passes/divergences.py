@@ -170,6 +170,8 @@ def _identified(node: fx.Node, terms: Terms) -> Divergence | str:
     trained = [s for s in own if s.trained]
     if len(trained) > 1:
         return "both distributions need a gradient, and a teacher gets none"
+    if any(s.logits.detached for s in trained):
+        return "a part of what makes the student's logits has no gradient"
     if any(is_at_hand(s.head) for s in trained):
         return "the trained logits are not a head's as they are"
     for student in own:

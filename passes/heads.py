@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,20 +117,53 @@ def unsafe(head: Head, last: fx.Node) -> str:
     inputs = [n for n in (head.hidden, head.weight, head.bias) if n is not None]
     if any(is_traceable_wrapper_subclass(traced(n)) for n in inputs):
         return "the head is distributed, or of another tensor subclass"
-    nodes = list(head.node.graph.nodes)
-    before = [name_of(node) for node in nodes[: nodes.index(head.node)]]
-    entered = sum(name.endswith("_increment_nesting") for name in before)
-    if entered > sum(name.endswith("_decrement_nesting") for name in before):
-        return "the head is inside a functorch transform"
+    if _transformed(head.node, last):
+        return "the head or its loss is inside a functorch transform"
     if writer := overwriter(inputs, head.node, last):
         return f"{writer.name} overwrites an input of the head before the loss"
     return ""
 
 
-def overwriter(values: Iterable[fx.Node], first: fx.Node, last: fx.Node) -> fx.Node | None:
-    """The first node between two others that writes to the memory of any of these values."""
+def stops_gradient(node: fx.Node) -> bool:
+    """Whether something that a node reads is trained and its result is not, as under no_grad.
+
+    A view that was made there claims to be trained, but is a leaf.
+    """
+    inputs = [traced(n) for n in node.all_input_nodes]
+    trained = any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs)
+    return trained and bool(traced(node).is_leaf)
+
+
+def _transformed(first: fx.Node, last: fx.Node) -> bool:
+    """Whether a functorch transform is open at a node, or is opened between it and another."""
+    depth = 0
+    for node in first.graph.nodes:
+        if node is last:
+            break
+        name = name_of(node)
+        depth += name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
+        if depth and node >= first:
+            return True
+    return False
+
+
+def overwriter(
+    values: Iterable[fx.Node],
+    first: fx.Node,
+    last: fx.Node,
+    besides: Collection[fx.Node] = (),
+) -> fx.Node | None:
+    """The first node between two others that writes to the memory of any of these values.
+
+    Args:
+        values: what must stay as it is.
+        first: the node before.
+        last: the node behind.
+        besides: nodes that may write, because they do so to something else.
+    """
     held = {memory(value) for value in values}
     late = (node for node in first.graph.nodes if first < node < last and overwrites(node))
+    late = (node for node in late if node not in besides)
     return next((n for n in late if held & set(map(memory, n.all_input_nodes))), None)
 
 

@@ -16,7 +16,7 @@ from torch import fx
 
 from memopt._torch import size_hint
 from memopt.emit import emit, extent, same_shape, shape_of, traced
-from memopt.passes.heads import Head, loosely, untransposed
+from memopt.passes.heads import Head, loosely, stops_gradient, untransposed
 from memopt.passes.steps import (
     FACTORS,
     PLAIN,
@@ -75,7 +75,8 @@ class Logits:
 
 def follow(head: Head) -> tuple[dict[fx.Node, Logits], list[tuple[fx.Node, Logits]]]:
     """Every node that holds the head's logits, and every reader that does something else."""
-    members = {head.node: Logits(head.node, bias=head.bias, path=head.path)}
+    start = Logits(head.node, bias=head.bias, path=head.path, detached=stops_gradient(head.node))
+    members = {head.node: start}
     readers: list[tuple[fx.Node, Logits]] = []
     todo = [head.node]
     while todo:
@@ -113,7 +114,7 @@ def step(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
     for rule in (_same, _detached, _cast, _valued, _normalised, shaped, _swapped):
         found = rule(user, logits, head)
         if found is not None:
-            return replace(found, node=user)
+            return replace(found, node=user, detached=found.detached or stops_gradient(user))
     return None
 
 
@@ -234,10 +235,10 @@ def _keeps_last(index: Any, rank: int) -> bool:
     items = list(index) if isinstance(index, tuple) else [index]
     if any(isinstance(item, fx.Node) and shape_of(item) for item in items):
         return False
-    consumed = sum(item is not None and item is not Ellipsis for item in items)
-    if Ellipsis not in items and consumed < rank:
-        return True
-    return items[-1] is Ellipsis or items[-1] == slice(None)
+    taken = [item for item in items if item is not None and item is not Ellipsis]
+    if len(taken) == rank:
+        return bool(taken[-1] == slice(None))
+    return Ellipsis not in items or items[-1] is Ellipsis or items[-1] == slice(None)
 
 
 def _swapped(user: fx.Node, logits: Logits, head: Head) -> Logits | None:

@@ -73,7 +73,8 @@ def _cross_entropy(node: fx.Node, logits: Logits) -> Loss | None:
         node,
         "input target weight size_average ignore_index reduce reduction label_smoothing",
     )
-    return _entropy(node, logits, a, float(a.get("label_smoothing", 0.0)))
+    smoothing = a.get("label_smoothing", 0.0)
+    return None if isinstance(smoothing, fx.Node) else _entropy(node, logits, a, float(smoothing))
 
 
 def _nll(node: fx.Node, logits: Logits) -> Loss | None:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from memopt._torch import size_hint
-from memopt.emit import emit, extent, shape_of, traced
+from memopt.emit import constant, emit, extent, shape_of, traced
 from memopt.kernels.choice import Size, fastest_chunk_rows
 from memopt.kernels.head import default_chunk_rows, has_row_kernel
 from memopt.kernels.linear_cross_entropy import REDUCED, ROWS
@@ -97,8 +97,8 @@ class RowOperators:
         if logits.bias is not None:
             bias = self._call("reshape", self._typed(logits.bias, dtype), -1)
         if not trained:
-            x, weight = self._call("detach", x), self._call("detach", weight)
-            bias = bias and self._call("detach", bias)
+            x, weight = (constant(self.graph, node, like=self.like) for node in (x, weight))
+            bias = bias and constant(self.graph, bias, like=self.like)
         return x, weight, bias
 
     def _op(self, op: Any, loss: Loss, *more: Any) -> fx.Node:

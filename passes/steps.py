@@ -3,11 +3,14 @@
 import math
 import operator
 from collections.abc import Callable, Mapping
+from inspect import signature
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import fx
 
+from memopt._torch import OpOverload
 from memopt.emit import traced
 
 PLAIN = frozenset({"contiguous", "clone"})
@@ -24,6 +27,10 @@ FACTORS: Mapping[Any, Callable[[float], float]] = {
     for target in targets
 }
 _CASTS = frozenset({"float", "half", "bfloat16", "double", "to", "type", "type_as"})
+_WRITERS = frozenset(
+    {"setitem", "triton_kernel_wrapper_mutation", "iadd", "isub", "imul", "itruediv", "ifloordiv"}
+    | {"imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift", "irshift"}
+)
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
@@ -59,8 +66,20 @@ def is_one(node: fx.Node) -> bool:
 def overwrites(node: fx.Node) -> bool:
     """Whether a node writes into one of its inputs."""
     name = name_of(node)
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in ("setitem", "iadd", "isub", "imul", "itruediv")
+    if isinstance(node.target, OpOverload):
+        return bool(node.target._schema.is_mutable)
+    if name.endswith("_") and not name.endswith("__"):
+        return True
+    return name in _WRITERS or node.kwargs.get("out") is not None or _asked_in_place(node)
+
+
+def _asked_in_place(node: fx.Node) -> bool:
+    """Whether ``inplace`` is among the arguments and true, by keyword or by position."""
+    if "inplace" in node.kwargs or not isinstance(node.target, FunctionType):
+        return bool(node.kwargs.get("inplace"))
+    names = list(signature(node.target).parameters)
+    at = names.index("inplace") if "inplace" in names else len(node.args)
+    return bool(node.args[at : at + 1] == (True,))
 
 
 def name_of(node: fx.Node) -> str:
