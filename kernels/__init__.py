@@ -9,7 +9,7 @@ if __name__ != "memopt.kernels":
 import functools
 from collections.abc import Callable, Mapping
 
-_FORMS = ("", "_rows", "_rows_backward")
+_FORMS = ("", "_rows", "_rows_backward", "_weighted")
 _CROSS_ENTROPIES = [f"memopt.linear_cross_entropy{form}" for form in _FORMS]
 _DIVERGENCES = [f"memopt.linear_divergence{form}" for form in _FORMS]
 

@@ -36,7 +36,7 @@ Three = tuple[Tensor, Tensor, Tensor]
 
 
 class Arguments(NamedTuple):
-    """What all operators of this file take, in the order of ``_SCHEMA``.
+    """What all operators of this file take, in the order of ``SCHEMA``.
 
     Attributes:
         x: the student's hidden states `(N, H)`.
@@ -85,18 +85,16 @@ class Arguments(NamedTuple):
         return FromHead.of(teacher, self.beta, cross=self.cross, chunk_rows=self.chunk_rows)
 
 
-_SCHEMA = (
+SCHEMA = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor teacher_x, Tensor? teacher_weight, "
     "Tensor? teacher_bias, Tensor? target, int ignore_index, float beta, bool cross, "
     "float[2] scale, float[2] softcap, SymInt chunk_rows, bool[3] wanted"
 )
 _NAME = "memopt::linear_divergence"
 _REDUCED = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
-torch.library.define(_NAME, f"({_SCHEMA}, str reduction) -> {_REDUCED}")
-torch.library.define(f"{_NAME}_rows", f"({_SCHEMA}) -> Tensor")
-torch.library.define(
-    f"{_NAME}_rows_backward", f"({_SCHEMA}, Tensor g) -> (Tensor, Tensor, Tensor)"
-)
+torch.library.define(_NAME, f"({SCHEMA}, str reduction) -> {_REDUCED}")
+torch.library.define(f"{_NAME}_rows", f"({SCHEMA}) -> Tensor")
+torch.library.define(f"{_NAME}_rows_backward", f"({SCHEMA}, Tensor g) -> (Tensor, Tensor, Tensor)")
 
 REDUCED = torch.ops.memopt.linear_divergence.default
 ROWS = torch.ops.memopt.linear_divergence_rows.default
@@ -113,7 +111,7 @@ def _reduced(*args: Any) -> tuple[Tensor, ...]:
     *shared, reduction = args
     a = Arguments(*shared)
     student = a.student
-    counted, rows = _counted_rows(a, student.wide)
+    counted, rows = counted_rows(a, student.wide)
     size = torch.ones_like(counted.sum()) if reduction == "sum" else counted.sum()
     if reduction == "mean":
         size = size * len(a.weight)
@@ -128,7 +126,7 @@ def _reduced(*args: Any) -> tuple[Tensor, ...]:
 def _fake_reduced(*args: Any) -> tuple[Tensor, ...]:
     a = Arguments(*args[:-1])
     scalar = a.x.new_empty((), dtype=a.student.wide)
-    return (scalar, *_fake_gradients(a), torch.empty_like(scalar))
+    return (scalar, *forward_gradients.like(a.x, a.weight, a.wanted), torch.empty_like(scalar))
 
 
 torch.library.register_fake(_NAME, _fake_reduced)
@@ -139,7 +137,7 @@ forward_gradients.register(_NAME, wanted_at=Arguments._fields.index("wanted"))
 def _rows(*args: Any) -> Tensor:
     """Divergences `(N,)`, 0 for rows that do not count; float32 or wider."""
     a = Arguments(*args)
-    counted, rows = _counted_rows(a, a.student.wide)
+    counted, rows = counted_rows(a, a.student.wide)
     values, *_ = run_chunks(a.student, a.loss, a.chunk_rows, [False] * 3, None, rows=rows)
     return torch.where(counted > 0, values, 0.0)
 
@@ -154,7 +152,7 @@ def _rows_gradients(*args: Any) -> Three:
     """Gradients under upstream gradients `(N,)`; where the host may look, rows with 0 are left."""
     *shared, g = args
     a = Arguments(*shared)
-    counted, rows = _counted_rows(a, a.student.wide)
+    counted, rows = counted_rows(a, a.student.wide)
     upstream = torch.where(counted > 0, g, 0.0).to(counted.dtype)
     if g.device.type == "cpu":
         rows = upstream.nonzero()[:, 0]
@@ -163,7 +161,8 @@ def _rows_gradients(*args: Any) -> Three:
 
 
 def _fake_rows_gradients(*args: Any) -> Three:
-    return _fake_gradients(Arguments(*args[:-1]))
+    a = Arguments(*args[:-1])
+    return forward_gradients.like(a.x, a.weight, a.wanted)
 
 
 torch.library.register_fake(f"{_NAME}_rows", _fake_rows)
@@ -188,17 +187,7 @@ def _rows_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd(f"{_NAME}_rows", _rows_backward, setup_context=_save_rows)
 
 
-def _fake_gradients(a: Arguments) -> Three:
-    dtype = torch.float32 if a.x.dtype == torch.float16 else a.x.dtype
-    x, weight, bias = a.wanted
-    return (
-        a.x.new_empty(a.x.shape if x else (0,), dtype=dtype),
-        a.x.new_empty(a.weight.shape if weight else (0,), dtype=dtype),
-        a.x.new_empty(a.weight.shape[:1] if bias else (0,), dtype=dtype),
-    )
-
-
-def _counted_rows(a: Arguments, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def counted_rows(a: Arguments, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """1 for rows that count and 0 for others; which they are, where the host may look."""
     if a.target is None:
         return a.x.new_ones(len(a.x), dtype=dtype), None

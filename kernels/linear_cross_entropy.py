@@ -31,7 +31,7 @@ Three = tuple[Tensor, Tensor, Tensor]
 
 
 class Arguments(NamedTuple):
-    """What all operators of this file take, in the order of ``_SCHEMA``.
+    """What all operators of this file take, in the order of ``SCHEMA``.
 
     Attributes:
         x: hidden states `(N, H)`.
@@ -66,17 +66,17 @@ class Arguments(NamedTuple):
         return torch.promote_types(self.x.dtype, torch.float32)
 
 
-_SCHEMA = (
+SCHEMA = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
     "int ignore_index, float label_smoothing, float scale, float softcap, SymInt chunk_rows, "
     "bool[3] wanted"
 )
 _NAME = "memopt::linear_cross_entropy"
-torch.library.define(_NAME, f"({_SCHEMA}, bool mean) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-torch.library.define(f"{_NAME}_rows", f"({_SCHEMA}) -> (Tensor, Tensor)")
+torch.library.define(_NAME, f"({SCHEMA}, bool mean) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+torch.library.define(f"{_NAME}_rows", f"({SCHEMA}) -> (Tensor, Tensor)")
 torch.library.define(
     f"{_NAME}_rows_backward",
-    f"({_SCHEMA}, Tensor g, Tensor? h) -> (Tensor, Tensor, Tensor)",
+    f"({SCHEMA}, Tensor g, Tensor? h) -> (Tensor, Tensor, Tensor)",
 )
 
 REDUCED = torch.ops.memopt.linear_cross_entropy.default
@@ -89,7 +89,7 @@ def _reduced(*args: Any) -> tuple[Tensor, ...]:
     """The sum or mean, its gradients, and the factor that these still lack."""
     *shared, mean = args
     arguments = Arguments(*shared)
-    work = _Work.of(arguments)
+    work = Work.of(arguments)
     size = work.total if mean else torch.ones_like(work.total)
     share = torch.where(size != 0, 1 / size, 0.0)
     half = arguments.x.dtype == torch.float16
@@ -104,7 +104,11 @@ def _reduced(*args: Any) -> tuple[Tensor, ...]:
 def _fake_reduced(*args: Any) -> tuple[Tensor, ...]:
     arguments = Arguments(*args[:-1])
     scalar = arguments.x.new_empty((), dtype=arguments.wide)
-    return (scalar, *_fake_gradients(arguments), torch.empty_like(scalar))
+    return (
+        scalar,
+        *forward_gradients.like(arguments.x, arguments.weight, arguments.wanted),
+        torch.empty_like(scalar),
+    )
 
 
 torch.library.register_fake(_NAME, _fake_reduced)
@@ -115,7 +119,7 @@ forward_gradients.register(_NAME, Arguments._fields.index("wanted"))
 def _rows(*args: Any) -> tuple[Tensor, Tensor]:
     """Losses, 0 where ignored, and log-sum-exps: `(N,)` each, float32 or wider."""
     arguments = Arguments(*args)
-    work = _Work.of(arguments, compact=False)
+    work = Work.of(arguments, compact=False)
     values, lse, _ = work.run(arguments.chunk_rows, (False, False, False), None)
     return values, lse
 
@@ -131,13 +135,14 @@ def _rows_gradients(*args: Any) -> Three:
     """Gradients under upstream gradients `(N,)` of losses and log-sum-exps."""
     *shared, g, h = args
     arguments = Arguments(*shared)
-    work = _Work.of(arguments, compact=h is None)
+    work = Work.of(arguments, compact=h is None)
     upstream = torch.where(work.counted_N > 0, g, 0.0).to(arguments.wide)
     return work.run(arguments.chunk_rows, arguments.wanted, upstream, h)[2]
 
 
 def _fake_rows_gradients(*args: Any) -> Three:
-    return _fake_gradients(Arguments(*args[:-2]))
+    a = Arguments(*args[:-2])
+    return forward_gradients.like(a.x, a.weight, a.wanted)
 
 
 torch.library.register_fake(f"{_NAME}_rows", _fake_rows)
@@ -170,7 +175,7 @@ torch.library.register_autograd(f"{_NAME}_rows", _rows_backward, setup_context=_
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """A head, a row loss, and which rows count.
 
     Attributes:
@@ -188,7 +193,7 @@ class _Work:
     rows: Tensor | None = None
 
     @classmethod
-    def of(cls, a: Arguments, *, compact: bool = True) -> "_Work":
+    def of(cls, a: Arguments, *, compact: bool = True) -> "Work":
         """Prepare the targets; where the host may look at them, leave ignored rows out."""
         if a.chunk_rows == 0 and not cut_cross_entropy.serves(a):
             raise ConfigError(
@@ -245,16 +250,6 @@ def _dtypes(a: Arguments) -> list[torch.dtype | None]:
         t.dtype if on and t is not None else None
         for t, on in zip((a.x, a.weight, a.bias), a.wanted, strict=True)
     ]
-
-
-def _fake_gradients(a: Arguments) -> Three:
-    dtype = torch.float32 if a.x.dtype == torch.float16 else a.x.dtype
-    x, weight, bias = a.wanted
-    return (
-        a.x.new_empty(a.x.shape if x else (0,), dtype=dtype),
-        a.x.new_empty(a.weight.shape if weight else (0,), dtype=dtype),
-        a.x.new_empty(a.weight.shape[:1] if bias else (0,), dtype=dtype),
-    )
 
 
 def can_be_cut(*args: Any) -> bool:

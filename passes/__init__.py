@@ -11,9 +11,10 @@ from memopt.passes.clone_mutated_inputs import CloneMutatedInputs
 from memopt.passes.early_products import EarlyProducts
 from memopt.passes.embedding_gradients import EmbeddingGradients
 from memopt.passes.unshare_readers import UnshareReaders
+from memopt.passes.weigh_rows import WeighRows
 from memopt.pipeline import Pass
 
-PRE_GRAD: tuple[Pass, ...] = (ChunkLosses(),)
+PRE_GRAD: tuple[Pass, ...] = (ChunkLosses(), WeighRows())
 JOINT: tuple[Pass, ...] = (CloneMutatedInputs(), EmbeddingGradients())
 POST_GRAD: tuple[Pass, ...] = (UnshareReaders(), EarlyProducts())
 INFERENCE: tuple[Pass, ...] = ()

@@ -90,11 +90,13 @@ def test_a_reduction_alone_computes_its_gradients_in_the_forward() -> None:
     for form in ("batchmean", "none, mean", "by hand", "soft cross-entropy"):
         assert operators(FORMS[form], inputs) == ["linear_divergence.default"], form
     for form in ("none, by rows", "generalised, 0.5"):
+        assert operators(FORMS[form], inputs) == ["linear_divergence_weighted.default"], form
+    for form in ("none, mean over classes", "none, flat then by rows"):
         assert operators(FORMS[form], inputs) == ["linear_divergence_rows.default"], form
 
 
 def test_both_readers_of_a_student_are_served() -> None:
-    both = ["linear_cross_entropy_rows.default", "linear_divergence_rows.default"]
+    both = ["linear_cross_entropy_weighted.default", "linear_divergence_weighted.default"]
     assert operators(hinton, Inputs()) == both
     assert operators(two_divergences, Inputs()) == [both[1]] * 2
 
