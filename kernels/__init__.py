@@ -21,6 +21,7 @@ def scratch_table() -> Mapping[str, Callable[..., int]]:
 
     return {
         **dict.fromkeys(_CROSS_ENTROPIES, linear_cross_entropy.scratch_bytes),
+        "memopt.linear_cross_entropy_": linear_cross_entropy.scratch_bytes,
         **dict.fromkeys(_DIVERGENCES, divergence.scratch_bytes),
         "memopt.contrastive": contrastive.scratch_bytes,
         "memopt.embedding_gradient": embedding_gradient.scratch_bytes,

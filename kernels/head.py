@@ -109,6 +109,7 @@ class Gradients:
         *,
         sparse: bool = False,
         exact: bool = False,
+        in_place: bool = False,
     ) -> "Gradients":
         """Buffers for the wanted gradients.
 
@@ -118,6 +119,7 @@ class Gradients:
             chunks: number of chunks to be added up.
             sparse: whether some rows of the hidden states get no gradient.
             exact: whether to add up in the wide dtype however few chunks there are.
+            in_place: whether the hidden states' gradient takes their place.
         """
         x, weight, bias = wanted
         half = head.x_NH.dtype == torch.float16
@@ -127,7 +129,7 @@ class Gradients:
         zeros, new = head.x_NH.new_zeros, head.x_NH.new_empty
         make = zeros if sparse else new
         return cls(  # contiguous, whatever the strides of the inputs
-            make(head.x_NH.shape, dtype=x_dtype) if x else None,
+            head.x_NH if in_place else make(head.x_NH.shape, dtype=x_dtype) if x else None,
             new(head.weight_VH.shape, dtype=weight_dtype) if weight else None,
             zeros(len(head.weight_VH), dtype=head.wide) if bias else None,
         )
@@ -244,11 +246,12 @@ def run_chunks(
     g_N: Tensor | None,
     h_N: Tensor | None = None,
     rows: Tensor | None = None,
+    *,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Values, log-sum-exps and gradients of all rows, chunk by chunk.
 
-    What it allocates does not depend on ``rows``, so that it can be known in advance; see
-    ``scratch_bytes``.
+    What it allocates does not depend on ``rows``: see ``scratch_bytes``.
 
     Args:
         head: maps hidden states to logits.
@@ -258,11 +261,12 @@ def run_chunks(
         g_N: upstream gradient of every row's value, or None for values only.
         h_N: upstream gradient of every row's log-sum-exp.
         rows: the rows to visit, or None for all; the others' values and gradients are 0.
+        in_place: whether a chunk's hidden states make room for their gradient, of the same dtype.
     """
     count = len(head.x_NH) if rows is None else len(rows)
     size = min(chunk_rows, len(head.x_NH))
     most = -(-len(head.x_NH) // chunk_rows)
-    gradients = Gradients.of(head, wanted, most, sparse=rows is not None)
+    gradients = Gradients.of(head, wanted, most, sparse=rows is not None, in_place=in_place)
     values = head.x_NH.new_zeros(len(head.x_NH), dtype=head.wide)
     lse = torch.zeros_like(values)
     raw = head.x_NH.new_empty(size, len(head.weight_VH))

@@ -4,6 +4,8 @@ Two forms. ``linear_cross_entropy`` reduces to a scalar and computes the gradien
 so the head costs its three products and nothing is saved but the gradients themselves.
 ``linear_cross_entropy_rows`` returns a loss and a log-sum-exp per row, whose upstream gradients
 are not known in advance: its backward makes the logits again, chunk by chunk, a fourth product.
+Where a graph reads the hidden states no more, ``linear_cross_entropy_`` writes their gradient over
+them, each chunk's once its weight gradient has been added up; it has no autograd of its own.
 
 Pays: where ``N * V`` is large against ``N * H`` and ``V * H``: any language model. Does not: in a
 classifier with fewer classes than hidden units.
@@ -73,6 +75,11 @@ SCHEMA = (
 )
 _NAME = "memopt::linear_cross_entropy"
 torch.library.define(_NAME, f"({SCHEMA}, bool mean) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+torch.library.define(
+    f"{_NAME}_",
+    f"({SCHEMA.replace('Tensor', 'Tensor(a!)', 1)}, bool mean) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
 torch.library.define(f"{_NAME}_rows", f"({SCHEMA}) -> (Tensor, Tensor)")
 torch.library.define(
     f"{_NAME}_rows_backward",
@@ -80,6 +87,7 @@ torch.library.define(
 )
 
 REDUCED = torch.ops.memopt.linear_cross_entropy.default
+IN_PLACE = torch.ops.memopt.linear_cross_entropy_.default
 ROWS = torch.ops.memopt.linear_cross_entropy_rows.default
 ROWS_BACKWARD = torch.ops.memopt.linear_cross_entropy_rows_backward.default
 
@@ -87,6 +95,22 @@ ROWS_BACKWARD = torch.ops.memopt.linear_cross_entropy_rows_backward.default
 @torch.library.impl(_NAME, "default")
 def _reduced(*args: Any) -> tuple[Tensor, ...]:
     """The sum or mean, its gradients, and the factor that these still lack."""
+    return _reduce(*args)
+
+
+@torch.library.impl(f"{_NAME}_", "default")
+def _in_place(*args: Any) -> tuple[Tensor, ...]:
+    """The same without the gradient of ``x``, which is in ``x``."""
+    if not fits_in_place(Arguments(*args[:-1])):
+        raise ConfigError(
+            "the gradient of the hidden states cannot take their place: allowed are chunks, a "
+            "gradient that is wanted, and contiguous hidden states in another dtype than float16"
+        )
+    loss, _, *others = _reduce(*args, in_place=True)
+    return (loss, *others)
+
+
+def _reduce(*args: Any, in_place: bool = False) -> tuple[Tensor, ...]:
     *shared, mean = args
     arguments = Arguments(*shared)
     work = Work.of(arguments)
@@ -96,7 +120,9 @@ def _reduced(*args: Any) -> tuple[Tensor, ...]:
     upstream = None
     if any(arguments.wanted):
         upstream = work.counted_N * (HALF_UNIT if half else share)
-    values, _, gradients = work.run(arguments.chunk_rows, arguments.wanted, upstream)
+    values, _, gradients = work.run(
+        arguments.chunk_rows, arguments.wanted, upstream, in_place=in_place
+    )
     lacking = share / HALF_UNIT if half else torch.ones_like(share)
     return (values.sum() / size, *gradients, lacking)
 
@@ -111,7 +137,13 @@ def _fake_reduced(*args: Any) -> tuple[Tensor, ...]:
     )
 
 
+def _fake_in_place(*args: Any) -> tuple[Tensor, ...]:
+    loss, _, *others = _fake_reduced(*args)
+    return (loss, *others)
+
+
 torch.library.register_fake(_NAME, _fake_reduced)
+torch.library.register_fake(f"{_NAME}_", _fake_in_place)
 forward_gradients.register(_NAME, Arguments._fields.index("wanted"))
 
 
@@ -225,14 +257,18 @@ class Work:
         wanted: Sequence[bool],
         g_N: Tensor | None,
         h_N: Tensor | None = None,
+        *,
+        in_place: bool = False,
     ) -> tuple[Tensor, Tensor, Three]:
         """Values, log-sum-exps and gradients; 0 for rows that do not count."""
+        if in_place and self.rows is not None:
+            self.head.x_NH.masked_fill_((self.counted_N == 0)[:, None], 0.0)
         if chunk_rows == 0:
             assert isinstance(self.loss, IndexTargets)
             values, lse, gradients = cut_cross_entropy.run(self.head, self.loss, wanted, g_N, h_N)
         else:
             values, lse, gradients = run_chunks(
-                self.head, self.loss, chunk_rows, wanted, g_N, h_N, self.rows
+                self.head, self.loss, chunk_rows, wanted, g_N, h_N, self.rows, in_place=in_place
             )
         return torch.where(self.counted_N > 0, values, 0.0), lse, gradients
 
@@ -259,6 +295,15 @@ def can_be_cut(*args: Any) -> bool:
         *args: its arguments, fake or real.
     """
     return cut_cross_entropy.serves(Arguments(*args[: len(Arguments._fields)]))
+
+
+def fits_in_place(a: Arguments) -> bool:
+    """Whether the gradient of the hidden states, fake or real, could take their place.
+
+    Not without chunks: tiles of the gradient are added up while others still read the states.
+    """
+    own = a.x.dtype != torch.float16  # whose gradients are float32
+    return own and bool(a.wanted[0]) and a.chunk_rows != 0 and a.x.is_contiguous()
 
 
 def scratch_bytes(*args: Any) -> int:

@@ -87,6 +87,17 @@ def is_mutating(node: fx.Node) -> bool:
     return isinstance(target, OpOverload) and target._schema.is_mutable
 
 
+def overwrites(node: fx.Node) -> bool:
+    """Whether the node's second result is to take the place of its first input.
+
+    Without chunks it cannot, and the planner may have given them up since the node was marked.
+    """
+    if OVERWRITES not in node.meta or not isinstance(node.target, OpOverload):
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]
+    return bool(node.args[names.index("chunk_rows")] != 0)
+
+
 def is_collective(node: fx.Node) -> bool:
     """Whether the node talks to other ranks; it must run the same number of times on each."""
     namespace = getattr(node.target, "namespace", "")
@@ -115,6 +126,9 @@ def is_random(node: fx.Node) -> bool:
 
 READ_ONCE = "memopt_read_once"
 """Set in ``node.meta`` where what the node reads has another value when the backward runs."""
+
+OVERWRITES = "memopt_overwrites"
+"""Set in ``node.meta`` where the node's first input dies and may take the node's second result."""
 
 INLINED = "memopt_inlined"
 """Set in ``node.meta`` where the planner takes the value to be computed inside its readers."""

@@ -2,14 +2,14 @@
 
 *Unfused*: every node allocates its result, as when the graph is interpreted. *Fused*: a pointwise
 value that only loops read is never written to memory; its readers compute it from what it reads,
-as Inductor does.
+as Inductor does. In both a result may take the place of an input that dies, where a pass says so.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
-from memopt.graph import OpKind
+from memopt.graph import OpKind, overwrites
 from memopt.joint import JointGraph
 
 # Inductor writes a value with several readers to memory once it reads more buffers than
@@ -56,6 +56,7 @@ class Half:
         self.last: list[int] = []
         self.value: dict[int, dict[int, int]] = {}
         self.reads: dict[int, set[int]] = {}  # what inlined values are computed from
+        self.overwritten: list[tuple[int, int]] = []  # the step, and the life that ends before it
         shared: dict[int, int] = {}
         for i in held:
             for s in storages_of(joint, (i,)):
@@ -64,6 +65,9 @@ class Half:
             self.value[i] = {s: shared[s] for s in joint.storage_of[i] if s in shared}
         for step, i in enumerate(order, start):
             self.visit(step, i)
+            if overwrites(joint.nodes[i]):
+                dead = self.value[joint.inputs[i][0]].values()
+                self.overwritten += [(step, life) for life in dead]
 
     def visit(self, step: int, i: int) -> None:
         """Run one node: what it makes is born, what it reads is alive."""
@@ -89,6 +93,8 @@ class Half:
 
     def lives(self) -> list[Life]:
         """Every life, with what is kept alive to the end of the half."""
+        for step, life in self.overwritten:
+            self.last[life] = step - 1
         for i in self.kept:
             for life in self.value.get(i, {}).values():
                 self.last[life] = self.end - 1
