@@ -48,9 +48,9 @@ class Loss:
 def find_heads(graph: fx.Graph) -> list[Head]:
     """The linear layers whose product goes to something that may be a loss, in order."""
     starts = [
-        node.args[0]
+        arguments(node, "input").get("input")
         for node in graph.nodes
-        if node.op in ("call_function", "call_method") and node.target in _STARTS and node.args
+        if node.op in ("call_function", "call_method") and node.target in _STARTS
     ]
     heads = [source_of(start) for start in starts if isinstance(start, fx.Node)]
     return list(dict.fromkeys(head for head in heads if head is not None))
@@ -125,10 +125,12 @@ def _log_sum_exp(node: fx.Node, logits: Logits) -> Loss | None:
 
 def _gather(node: fx.Node, logits: Logits) -> Loss | None:
     """``gather(z, -1, y[..., None])``, of logits or of log-probabilities."""
-    if node.target not in (torch.gather, "gather") or node.args[:1] != (logits.node,):
+    if node.target not in (torch.gather, "gather"):
         return None
     a = arguments(node, "input dim index")
-    if set(a) - {"input", "dim", "index"} or (logits.detached and traced(node).requires_grad):
+    if a.get("input") is not logits.node or set(a) - {"input", "dim", "index"}:
+        return None
+    if logits.detached and traced(node).requires_grad:
         return None
     dim, index, rank = a.get("dim"), a.get("index"), len(shape_of(logits.node))
     if not (isinstance(dim, int) and dim % rank == rank - 1 and isinstance(index, fx.Node)):

@@ -122,6 +122,16 @@ FORMS: dict[str, Function] = {
     "flattened": lambda i: F.cross_entropy(F.linear(i.x, i.w).flatten(0, 1), i.y.flatten()),
     "matmul": lambda i: F.cross_entropy(flat(i.x @ i.w.t()), i.y.view(-1)),
     "matmul, T": lambda i: F.cross_entropy(flat(torch.matmul(i.x, i.w.T)), i.y.view(-1)),
+    "by keyword": lambda i: F.cross_entropy(
+        input=flat(F.linear(i.x, i.w)), target=i.y.view(-1), reduction="mean"
+    ),
+    "selected by keyword": lambda i: (
+        (
+            torch.gather(input=(z := F.linear(i.x, i.w)), dim=-1, index=i.known[..., None])[..., 0]
+            - torch.logsumexp(input=z, dim=-1)
+        )
+        * i.mask
+    ).sum(),
     "bias": lambda i: F.cross_entropy(flat(F.linear(i.x, i.w, i.b)), i.y.view(-1)),
     "buffer bias": lambda i: F.cross_entropy(flat(F.linear(i.x, i.w) + i.buffer), i.y.view(-1)),
     "shifted": lambda i: shifted(F.linear(i.x, i.w), i.y),
