@@ -115,15 +115,16 @@ def _reduce(*args: Any, in_place: bool = False) -> tuple[Tensor, ...]:
     arguments = Arguments(*shared)
     work = Work.of(arguments)
     size = work.total if mean else torch.ones_like(work.total)
-    share = torch.where(size != 0, 1 / size, 0.0)
-    half = arguments.x.dtype == torch.float16
+    share = torch.where(work.counted_N.any(), 1 / size, 0.0)  # infinite without class weight
+    lacking = torch.ones_like(share)
+    if arguments.x.dtype == torch.float16:
+        lacking = torch.where(size != 0, share / HALF_UNIT, 1.0)
     upstream = None
     if any(arguments.wanted):
-        upstream = work.counted_N * (HALF_UNIT if half else share)
+        upstream = torch.where(work.counted_N > 0, share / lacking, 0.0)
     values, _, gradients = work.run(
         arguments.chunk_rows, arguments.wanted, upstream, in_place=in_place
     )
-    lacking = share / HALF_UNIT if half else torch.ones_like(share)
     return (values.sum() / size, *gradients, lacking)
 
 

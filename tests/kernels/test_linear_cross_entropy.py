@@ -1,7 +1,7 @@
 """The operators of the chunked cross-entropy against the plain layer and loss."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -194,6 +194,19 @@ def test_with_all_labels_ignored_gradients_are_zero(dtype: torch.dtype, reductio
     assert all(not gradient.any() for gradient in (*gradients, *plain))
     torch.testing.assert_close(loss, plain_loss, equal_nan=True)
     assert loss.isnan().any() == (reduction == "mean")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *LOW_PRECISION], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_with_class_weights_that_are_all_zero_gradients_are_eagers(
+    dtype: torch.dtype, reduction: str
+) -> None:
+    c = case(dtype=dtype)
+    c = replace(c, class_weight=torch.zeros(13, dtype=dtype))
+    mine, plain = run(c.mine(reduction), c.inputs), run(c.plain(reduction), c.inputs)
+    for own, expected in zip(mine, plain, strict=True):
+        torch.testing.assert_close(own, expected, equal_nan=True, check_dtype=False)
+    assert mine[0].isnan().any() == (reduction == "mean")
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
