@@ -79,10 +79,10 @@ def log_sum_exps_kernel(
         )  # fmt: skip
         hit += tl.sum(tl.where(classes[None, :] == own[:, None], z, 0.0), 1)
         if spread is not None:
-            share = inside.to(tl.float32)
+            own_z = tl.where(inside[None, :], z, 0.0)  # the last class may be infinite
             if class_weight is not None:
-                share = tl.load(class_weight + classes, mask=inside, other=0.0)
-            sums += tl.sum(z * share[None, :], 1)
+                own_z *= tl.load(class_weight + classes, mask=inside, other=0.0)[None, :]
+            sums += tl.sum(own_z, 1)
         z = tl.where(inside[None, :], z, float("-inf"))
         higher = tl.maximum(top, tl.max(z, 1))
         finite = tl.where(higher == float("-inf"), 0.0, higher)

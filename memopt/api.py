@@ -30,7 +30,8 @@ def optimize(target: Any = None, **options: Any) -> Any:
     its type, ``state_dict`` and hooks stay as they are.
 
     Messages that a model library logs once, such as ``logger.warning_once`` of transformers, are
-    left out of what is compiled: each would break the graph, often between head and loss.
+    left out of what is compiled: each would break the graph, often between head and loss. Rows
+    that a mask picks, ``values[mask]``, are compiled, where ``torch.compile`` breaks the graph.
 
     Args:
         target: what to compile; None when used as a decorator with options.
@@ -51,13 +52,33 @@ def optimize(target: Any = None, **options: Any) -> Any:
     if isinstance(target, type):
         return _optimize_class(target, arguments)
     if isinstance(target, nn.Module):
-        target.compile(**arguments)
+        _compile_module(target, arguments)
         return target
     if callable(target):
-        return torch.compile(target, **arguments)
+        return _picking_rows(torch.compile(target, **arguments))
     raise TypeError(
         f"memopt.optimize takes a function, an nn.Module or an nn.Module class, not {target!r}"
     )
+
+
+def _compile_module(module: nn.Module, arguments: dict[str, Any]) -> None:
+    module.compile(**arguments)
+    if module._compiled_call_impl is not None:
+        module._compiled_call_impl = _picking_rows(module._compiled_call_impl)
+
+
+def _picking_rows(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Have Dynamo take ``x[mask]``, of as many rows as the mask picks, into its graphs.
+
+    The setting holds while ``run`` is called, as Dynamo's own for ``dynamic=True`` does.
+    """
+
+    @functools.wraps(run)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with dynamo_config.patch(capture_dynamic_output_shape_ops=True):
+            return run(*args, **kwargs)
+
+    return call
 
 
 def _optimize_class(cls: type, arguments: dict[str, Any]) -> type:
@@ -68,7 +89,7 @@ def _optimize_class(cls: type, arguments: dict[str, Any]) -> type:
 
     def compiled_init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         plain_init(self, *args, **kwargs)
-        self.compile(**arguments)
+        _compile_module(self, arguments)
 
     functools.update_wrapper(compiled_init, plain_init)
     setattr(cls, "__init__", compiled_init)  # noqa: B010 (mypy forbids the plain assignment)
