@@ -1,4 +1,4 @@
-"""The kernels: one file each, with the reference that defines it beside it.
+"""The operators: one file each; what defines their numbers is in `tests/references.py`.
 
 Import them as ``memopt.kernels``. The folder is called ``kernels`` only in the source tree.
 """
