@@ -81,7 +81,7 @@ def _obstacle(node: fx.Node) -> str:
     assert isinstance(base, fx.Node)
     nbytes = base.meta["val"].numel() * base.meta["val"].element_size()
     while len(base.users) == 1 and is_view(base) and base.target is not operator.getitem:
-        (base,) = base.all_input_nodes
+        base = base.all_input_nodes[0]  # the others are sizes
     if len(base.users) > 1:
         others = [n.name for n in base.users if n is not node]
         return f"the hidden states are also read by {others[0]}"  # (2)
