@@ -86,17 +86,21 @@ ROWS_BACKWARD = torch.ops.memopt.linear_cross_entropy_rows_backward.default
 
 @torch.library.impl(_NAME, "default")
 def _reduced(*args: Any) -> tuple[Tensor, ...]:
-    """The sum or mean, its gradients, and the factor that these still lack."""
     *shared, mean = args
-    arguments = Arguments(*shared)
-    work = Work.of(arguments)
+    return reduced(Arguments(*shared), mean)
+
+
+def reduced(a: Arguments, mean: bool, kept_NV: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The sum or mean, its gradients, and the factor that these still lack.
+
+    ``kept_NV`` takes the raw product of the rows that are visited.
+    """
+    work = Work.of(a)
     size = work.total if mean else torch.ones_like(work.total)
     share = torch.where(size != 0, 1 / size, 0.0)
-    half = arguments.x.dtype == torch.float16
-    upstream = None
-    if any(arguments.wanted):
-        upstream = work.counted_N * (HALF_UNIT if half else share)
-    values, _, gradients = work.run(arguments.chunk_rows, arguments.wanted, upstream)
+    half = a.x.dtype == torch.float16
+    upstream = work.counted_N * (HALF_UNIT if half else share) if any(a.wanted) else None
+    values, _, gradients = work.run(a.chunk_rows, a.wanted, upstream, kept_NV=kept_NV)
     lacking = share / HALF_UNIT if half else torch.ones_like(share)
     return (values.sum() / size, *gradients, lacking)
 
@@ -225,6 +229,7 @@ class Work:
         wanted: Sequence[bool],
         g_N: Tensor | None,
         h_N: Tensor | None = None,
+        kept_NV: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Three]:
         """Values, log-sum-exps and gradients; 0 for rows that do not count."""
         if chunk_rows == 0:
@@ -232,7 +237,7 @@ class Work:
             values, lse, gradients = cut_cross_entropy.run(self.head, self.loss, wanted, g_N, h_N)
         else:
             values, lse, gradients = run_chunks(
-                self.head, self.loss, chunk_rows, wanted, g_N, h_N, self.rows
+                self.head, self.loss, chunk_rows, wanted, g_N, h_N, self.rows, kept_NV
             )
         return torch.where(self.counted_N > 0, values, 0.0), lse, gradients
 
