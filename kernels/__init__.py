@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Mapping
 
 _FORMS = ("", "_rows", "_rows_backward", "_weighted")
-_CROSS_ENTROPIES = [f"memopt.linear_cross_entropy{form}" for form in _FORMS]
+_CROSS_ENTROPIES = [f"memopt.linear_cross_entropy{form}" for form in (*_FORMS, "_kept")]
 _DIVERGENCES = [f"memopt.linear_divergence{form}" for form in _FORMS]
 
 

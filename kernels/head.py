@@ -246,6 +246,7 @@ def run_chunks(
     g_N: Tensor | None,
     h_N: Tensor | None = None,
     rows: Tensor | None = None,
+    kept_NV: Tensor | None = None,
     *,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
@@ -261,6 +262,7 @@ def run_chunks(
         g_N: upstream gradient of every row's value, or None for values only.
         h_N: upstream gradient of every row's log-sum-exp.
         rows: the rows to visit, or None for all; the others' values and gradients are 0.
+        kept_NV: takes the raw product of the rows that are visited.
         in_place: whether a chunk's hidden states make room for their gradient, of the same dtype.
     """
     count = len(head.x_NH) if rows is None else len(rows)
@@ -280,6 +282,8 @@ def run_chunks(
             own = rows[part]
             x = torch.index_select(head.x_NH, 0, own, out=spare[: len(own)])
         chunk = head.product(x, raw[: len(x)])
+        if kept_NV is not None:
+            kept_NV[own] = chunk
         values[own], lse[own] = run_rows(head, loss, chunk, own, g_N, h_N, block)
         if g_N is not None:
             gradients.add_(chunk, x, head, own, spare)

@@ -94,36 +94,41 @@ ROWS_BACKWARD = torch.ops.memopt.linear_cross_entropy_rows_backward.default
 
 @torch.library.impl(_NAME, "default")
 def _reduced(*args: Any) -> tuple[Tensor, ...]:
-    """The sum or mean, its gradients, and the factor that these still lack."""
-    return _reduce(*args)
+    *shared, mean = args
+    return reduced(Arguments(*shared), mean)
 
 
 @torch.library.impl(f"{_NAME}_", "default")
 def _in_place(*args: Any) -> tuple[Tensor, ...]:
     """The same without the gradient of ``x``, which is in ``x``."""
-    if not fits_in_place(Arguments(*args[:-1])):
+    *shared, mean = args
+    a = Arguments(*shared)
+    if not fits_in_place(a):
         raise ConfigError(
             "the gradient of the hidden states cannot take their place: allowed are chunks, a "
             "gradient that is wanted, and contiguous hidden states in another dtype than float16"
         )
-    loss, _, *others = _reduce(*args, in_place=True)
+    loss, _, *others = reduced(a, mean, in_place=True)
     return (loss, *others)
 
 
-def _reduce(*args: Any, in_place: bool = False) -> tuple[Tensor, ...]:
-    *shared, mean = args
-    arguments = Arguments(*shared)
-    work = Work.of(arguments)
+def reduced(
+    a: Arguments, mean: bool, kept_NV: Tensor | None = None, *, in_place: bool = False
+) -> tuple[Tensor, ...]:
+    """The sum or mean, its gradients, and the factor that these still lack.
+
+    ``kept_NV`` takes the raw product of the rows that are visited; ``in_place``, ``x`` its own
+    gradient.
+    """
+    work = Work.of(a)
     size = work.total if mean else torch.ones_like(work.total)
     share = torch.where(work.counted_N.any(), 1 / size, 0.0)  # infinite without class weight
     lacking = torch.ones_like(share)
-    if arguments.x.dtype == torch.float16:
+    if a.x.dtype == torch.float16:
         lacking = torch.where(size != 0, share / HALF_UNIT, 1.0)
-    upstream = None
-    if any(arguments.wanted):
-        upstream = torch.where(work.counted_N > 0, share / lacking, 0.0)
+    upstream = torch.where(work.counted_N > 0, share / lacking, 0.0) if any(a.wanted) else None
     values, _, gradients = work.run(
-        arguments.chunk_rows, arguments.wanted, upstream, in_place=in_place
+        a.chunk_rows, a.wanted, upstream, kept_NV=kept_NV, in_place=in_place
     )
     return (values.sum() / size, *gradients, lacking)
 
@@ -258,6 +263,7 @@ class Work:
         wanted: Sequence[bool],
         g_N: Tensor | None,
         h_N: Tensor | None = None,
+        kept_NV: Tensor | None = None,
         *,
         in_place: bool = False,
     ) -> tuple[Tensor, Tensor, Three]:
@@ -269,7 +275,15 @@ class Work:
             values, lse, gradients = cut_cross_entropy.run(self.head, self.loss, wanted, g_N, h_N)
         else:
             values, lse, gradients = run_chunks(
-                self.head, self.loss, chunk_rows, wanted, g_N, h_N, self.rows, in_place=in_place
+                self.head,
+                self.loss,
+                chunk_rows,
+                wanted,
+                g_N,
+                h_N,
+                self.rows,
+                kept_NV,
+                in_place=in_place,
             )
         return torch.where(self.counted_N > 0, values, 0.0), lse, gradients
 

@@ -25,6 +25,7 @@ from memopt.passes.contrastive_losses import fuse_pairs
 from memopt.passes.divergence_operators import left_whole, write_divergence
 from memopt.passes.divergences import Divergence, Divergences, find_divergences
 from memopt.passes.heads import Head, overwriter, unsafe
+from memopt.passes.kept_logits import keep
 from memopt.passes.logits import Logits, flipped, follow, rows_of
 from memopt.passes.row_losses import Loss, find_heads, find_loss
 from memopt.passes.row_operators import RowOperators
@@ -102,8 +103,8 @@ class ChunkLosses:
 
     Attributes:
         logits: what becomes of logits that the graph returns: ``"lazy"`` computes them when they
-            are used, ``"none"`` returns None, ``"keep"`` computes them once, without gradient,
-            ``"full"`` leaves such graphs alone.
+            are used, ``"none"`` returns None, ``"keep"`` keeps what the loss computes, without
+            gradient, ``"full"`` leaves such graphs alone.
         chunk_rows: rows whose logits exist at a time; 0 to choose, on a GPU by measurement.
     """
 
@@ -177,8 +178,11 @@ class ChunkLosses:
         for divergence, teacher in teachers.items():
             alone = len(served) == 1
             write_divergence(graph, divergence, teacher, self.chunk_rows, alone=alone)
-        for logits in dict.fromkeys(readers.returned):
-            self._return(graph, head, logits, operators[head], output, ctx)
+        returned = list(dict.fromkeys(readers.returned))
+        call = operators[head].reduced if self.logits == "keep" else None
+        if call is None or not keep(head, found[0], call, returned, output):
+            for logits in returned:
+                self._return(graph, head, logits, operators[head], output, ctx)
         dead = readers.members.union(*(d.unread(bool(stays)) for d, stays in whole.items()))
         for node in reversed([n for n in graph.nodes if n in dead]):
             if not node.users:  # in-place ones too, which count as impure elsewhere

@@ -20,7 +20,14 @@ from memopt.passes.row_losses import Loss
 
 
 class RowOperators:
-    """One head's operators; losses on the same rows and targets share one."""
+    """One head's operators; losses on the same rows and targets share one.
+
+    Attributes:
+        rows: the hidden state along the paths that were taken so far.
+        chunk_rows: rows whose logits exist at a time.
+        like: the node whose place is taken.
+        reduced: the operator that reduces the one loss there is, or None.
+    """
 
     def __init__(self, graph: fx.Graph, head: Head, chunk_rows: int) -> None:
         self.graph, self.head = graph, head
@@ -29,6 +36,7 @@ class RowOperators:
         self.chunk_rows = chunk_rows or self._default()
         self._shared: dict[Any, fx.Node] = {}
         self.like = head.node
+        self.reduced: fx.Node | None = None
 
     def replace_all(self, losses: list[Loss], *, alone: bool) -> None:
         """Put operators in the places of all losses, which are in the order of the graph.
@@ -65,7 +73,8 @@ class RowOperators:
         with self.graph.inserting_before(node):
             if loss.kind == "cross_entropy" and alone and loss.reduction != "none":
                 mean = loss.reduction == "mean"
-                result = self._item(self._op(REDUCED, loss, mean), 0)
+                self.reduced = self._op(REDUCED, loss, mean)
+                result = self._item(self.reduced, 0)
             elif loss.kind == "cross_entropy":
                 result = self._reduced(loss)
             elif loss.kind == "log_sum_exp":

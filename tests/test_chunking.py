@@ -105,5 +105,5 @@ def test_below_the_smallest_chunk_there_are_no_logits_where_the_operator_can_do_
 
 
 def test_only_cross_entropies_can_do_without_logits() -> None:
-    names = {"", "_rows", "_rows_backward", "_weighted"}
+    names = {"", "_rows", "_rows_backward", "_weighted", "_kept"}
     assert set(cut_table()) == {f"memopt.linear_cross_entropy{name}" for name in names}
