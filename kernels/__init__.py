@@ -25,6 +25,7 @@ def scratch_table() -> Mapping[str, Callable[..., int]]:
         **dict.fromkeys(_DIVERGENCES, divergence.scratch_bytes),
         "memopt.contrastive": contrastive.scratch_bytes,
         "memopt.embedding_gradient": embedding_gradient.scratch_bytes,
+        "memopt.embedding_rows": embedding_gradient.rows_scratch_bytes,
     }
 
 
