@@ -52,3 +52,53 @@ class ReturnedLogits:
             return tuple(results)
 
         return run
+
+
+@dataclass(frozen=True)
+class Similarities:
+    """What is known of one matrix of similarities ``hidden @ weight.T``.
+
+    Attributes:
+        hidden, weight: which results its factors are; the first is to become the matrix.
+        product_dtype, dtype: of the product and of the similarities.
+        detached: whether no gradient flows back from them.
+    """
+
+    hidden: int
+    weight: int
+    product_dtype: torch.dtype
+    dtype: torch.dtype
+    detached: bool
+    usage: Usage = field(default_factory=Usage, compare=False)
+
+
+@dataclass(frozen=True)
+class ReturnedSimilarities:
+    """Turns returned embeddings into ``LazyLogits``; both factors are activations.
+
+    Attributes:
+        matrices: the similarities.
+        extra: how many of the last results are there for these alone.
+    """
+
+    matrices: tuple[Similarities, ...]
+    extra: int
+
+    def wrap(self, compiled: Compiled) -> Compiled:
+        """``compiled``, with lazy similarities among its results."""
+
+        def run(*args: Any) -> Any:
+            given = compiled(*args)
+            results = list(given[: len(given) - self.extra])
+            for m in self.matrices:
+                lazy = LazyLogits(
+                    given[m.hidden],
+                    given[m.weight],
+                    dtype=m.dtype,
+                    product_dtype=m.product_dtype,
+                    usage=m.usage,
+                )
+                results[m.hidden] = lazy.detach() if m.detached else lazy
+            return tuple(results)
+
+        return run

@@ -128,9 +128,9 @@ class ChunkLosses:
     def __call__(self, graph: fx.Graph, ctx: PassContext) -> int:
         if self.logits == "none" and _breaks(graph):
             return replace(self, logits="lazy")(graph, ctx)
-        dropped, seen = self.logits == "none", set[fx.Node]()
+        rows, seen = self.chunk_rows, set[fx.Node]()
         rewrites = fuse_pairs(
-            graph, ctx, self.name, least=_MIN_CLASSES, chunk_rows=self.chunk_rows, dropped=dropped
+            graph, ctx, self.name, least=_MIN_CLASSES, chunk_rows=rows, logits=self.logits
         )
         while True:  # each rewrite may erase what another head was found to read
             divergences = find_divergences(graph)

@@ -7,7 +7,7 @@ products; one operator each would take six. Where that is safe:
 
 (1) both are plain means over classes that are ``arange(N)`` in the graph;
 (2) only their sum is read, so both get the same gradient;
-(3) nothing else reads the similarities, or what does takes None;
+(3) nothing else reads the similarities but the graph's output, which takes lazy ones;
 (4) the embeddings are what they were when the product was taken, gradients included.
 
 Pays: always. One direction alone costs three products either way, and is left as it is.
@@ -28,7 +28,8 @@ from memopt.graph import source_line
 from memopt.kernels.contrastive import CONTRASTIVE
 from memopt.kernels.head import default_chunk_rows
 from memopt.passes.heads import Head, loosely, overwriter, stops_gradient, unsafe
-from memopt.passes.similarities import Direction, Pair, find_pairs
+from memopt.passes.returned_similarities import refusal, replace_returned, scale_tensor
+from memopt.passes.similarities import Direction, Pair, find_pairs, find_sigmoids
 from memopt.passes.steps import FACTORS, divides, overwrites
 from memopt.pipeline import PassContext
 from memopt.remarks import RemarkKind
@@ -55,7 +56,7 @@ class Sum:
 
 
 def fuse_pairs(
-    graph: fx.Graph, ctx: PassContext, name: str, *, least: int, chunk_rows: int, dropped: bool
+    graph: fx.Graph, ctx: PassContext, name: str, *, least: int, chunk_rows: int, logits: str
 ) -> int:
     """Put one operator in the place of every two losses that are both directions of one.
 
@@ -65,7 +66,7 @@ def fuse_pairs(
         name: of the pass.
         least: pairs from which on it pays.
         chunk_rows: rows whose similarities exist at a time; 0 to choose.
-        dropped: whether similarities that the graph returns become None.
+        logits: what becomes of similarities that the graph returns; see ``ChunkLosses``.
 
     Returns:
         the number of operators.
@@ -78,14 +79,18 @@ def fuse_pairs(
         loss, total = pair.losses[0], _find_sum(pair)
         place = loss.name, source_line(loss)
         text = "a contrastive loss in both directions"
-        reason = _refusal(pair, total, dropped)
+        reason = _refusal(pair, total, logits)
         if total is None or reason:
             ctx.remark(name, RemarkKind.MISSED, f"{text}, not in one operator: {reason}", *place)
             continue
-        rows = _fuse(graph, pair, total, chunk_rows)
+        rows = _fuse(graph, pair, total, chunk_rows, logits, ctx)
         text += f" by chunks of {rows} rows; {pair.size} pairs"
         ctx.remark(name, RemarkKind.APPLIED, text, *place)
         fused += 1
+    for sigmoid, product in find_sigmoids(graph):
+        if size_hint(shape_of(product.x)[0]) >= least:
+            text = "a sigmoid loss of every pair: the similarities stay whole"
+            ctx.remark(name, RemarkKind.MISSED, text, sigmoid.name, source_line(sigmoid))
     return fused
 
 
@@ -118,7 +123,7 @@ def _call(node: fx.Node, own: fx.Node) -> Any:
     return node.target, [None if a is own else a for a in loosely(node.args)], node.kwargs
 
 
-def _refusal(pair: Pair, total: Sum | None, dropped: bool) -> str:
+def _refusal(pair: Pair, total: Sum | None, mode: str) -> str:
     """Why a pair cannot be one operator; or ``""``."""
     last = max(pair.losses)
     for direction in (pair.a, pair.b):  # (1)
@@ -131,11 +136,13 @@ def _refusal(pair: Pair, total: Sum | None, dropped: bool) -> str:
     if total is None:  # (2)
         return "the losses are not only read as their sum"
     readers = {user for node in pair.similarities for user in node.users}
-    for reader in readers - pair.similarities - set(pair.losses):  # (3)
-        if reader.op == "output" and not dropped:
-            return "the graph returns the similarities; logits='none' would return None"
+    for reader in sorted(readers - pair.similarities - set(pair.losses)):  # (3)
         if reader.op != "output":
             return f"the similarities are also read by {reader.name} ({reader.target})"
+        last = reader
+        returned = {n for n in reader.all_input_nodes if n in pair.similarities}
+        if reason := refusal(pair, mode, returned):
+            return reason
     return _changed(pair, last)
 
 
@@ -167,7 +174,9 @@ def _changed(pair: Pair, last: fx.Node) -> str:
     return unsafe(Head(min(nodes), a.x, a.y, a.scale.tensor), last)
 
 
-def _fuse(graph: fx.Graph, pair: Pair, total: Sum, chunk_rows: int) -> int:
+def _fuse(
+    graph: fx.Graph, pair: Pair, total: Sum, chunk_rows: int, mode: str, ctx: PassContext
+) -> int:
     """Put one operator in the place of both losses; returns the rows of its chunks."""
     loss, size = pair.losses[0], size_hint(pair.size)
     rows = chunk_rows or default_chunk_rows(size, size, traced(loss).device)
@@ -178,8 +187,9 @@ def _fuse(graph: fx.Graph, pair: Pair, total: Sum, chunk_rows: int) -> int:
         loss.replace_all_uses_with(both)
         own = emit(graph, operator.mul, (own, 0.5), like=total.node) if total.mean else own
     total.node.replace_all_uses_with(own)
-    for output in graph.find_nodes(op="output"):
-        output.args = fx.map_arg(output.args, lambda n: None if n in pair.similarities else n)
+    (output,) = graph.find_nodes(op="output")
+    with graph.inserting_before(output):
+        replace_returned(output, pair, mode, ctx)
     done = {*total.nodes, *pair.losses, *pair.similarities}
     for node in reversed([n for n in graph.nodes if n in done]):
         if not node.users:
@@ -198,17 +208,7 @@ def _operator(graph: fx.Graph, a: Direction, rows: int) -> fx.Node:
     def typed(node: fx.Node, dtype: torch.dtype) -> fx.Node:
         return node if traced(node).dtype == dtype else call("to", node, dtype)
 
-    inputs = [typed(a.x, dtype), typed(a.y, dtype)]
-    if a.scale.tensor is None:
-        wide = torch.promote_types(dtype, torch.float32)
-        scale = call("new_full", inputs[0], (), a.scale.number, dtype=wide)
-    else:
-        scale = call("reshape", a.scale.tensor, ())
-        if a.scale.divides:
-            scale = call(operator.truediv, a.scale.number, scale)
-        elif a.scale.number != 1:
-            scale = call(operator.mul, scale, a.scale.number)
-    inputs.append(scale)
+    inputs = [typed(a.x, dtype), typed(a.y, dtype), scale_tensor(graph, a.scale, a.x, dtype, like)]
     if not result.requires_grad:
         inputs = [constant(graph, node, like=like) for node in inputs]
     wanted = [bool(traced(node).requires_grad) for node in inputs]

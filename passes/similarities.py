@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import fx
@@ -38,6 +38,23 @@ class Scale:
             return Scale(number, self.tensor, self.divides) if math.isfinite(number) else None
         fits = traced(factor).device == traced(step).device and traced(factor).is_floating_point()
         return Scale(self.number, factor, divides(step)) if fits and not self.tensor else None
+
+
+class Product(NamedTuple):
+    """``scale * x @ y.T``.
+
+    Attributes:
+        x, y: embeddings `(N, D)`.
+        scale: every factor between them and the similarities.
+        scaled: the nodes that scale embeddings.
+        similarities: the nodes that hold the `(N, N)` similarities, the product last.
+    """
+
+    x: fx.Node
+    y: fx.Node
+    scale: Scale
+    scaled: tuple[fx.Node, ...]
+    similarities: tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True)
@@ -101,6 +118,22 @@ def find_pairs(graph: fx.Graph) -> list[Pair]:
     return pairs
 
 
+def find_sigmoids(graph: fx.Graph) -> Iterator[tuple[fx.Node, Product]]:
+    """The pairwise losses ``logsigmoid(labels * z)`` of square similarities ``z``, as SigLIP's."""
+    for node in graph.find_nodes(op="call_function", target=F.logsigmoid):
+        seen, todo = set[fx.Node](), list(node.all_input_nodes)
+        while todo:
+            at = todo.pop()
+            if at in seen or not same_shape(shape_of(at), shape_of(node)):
+                continue
+            seen.add(at)
+            product = product_of(at)
+            if product is not None:
+                yield node, product
+                break
+            todo += at.all_input_nodes
+
+
 def _directions(graph: fx.Graph) -> Iterator[Direction]:
     for node in graph.find_nodes(op="call_function", target=F.cross_entropy):
         source = loosely(node.args[0] if node.args else node.kwargs.get("input"))
@@ -112,8 +145,13 @@ def _directions(graph: fx.Graph) -> Iterator[Direction]:
 
 
 def _direction(loss: Loss) -> Direction | None:
-    """Walk from a loss back to the product, and on to the embeddings."""
-    node, scale, flips, nodes = loss.logits.node, Scale(), False, list[fx.Node]()
+    product = product_of(loss.logits.node)
+    return None if product is None else Direction(loss, *product)
+
+
+def product_of(node: fx.Node) -> Product | None:
+    """Walk from similarities back to the product, and on to the embeddings."""
+    scale, flips, nodes = Scale(), False, list[fx.Node]()
     while (head := find_head(node)) is None:
         nodes.append(node)
         if (found := _unscaled(node, scale)) is not None:
@@ -134,7 +172,7 @@ def _direction(loss: Loss) -> Direction | None:
     plain = head.bias is None and not head.transposed and len(shape_of(x)) == 2
     if not plain or not same_shape(shape_of(x), shape_of(y)):
         return None
-    return Direction(loss, x, y, scale, tuple(scaled), (*nodes, head.node))
+    return Product(x, y, scale, tuple(scaled), (*nodes, head.node))
 
 
 def _converted(node: fx.Node) -> fx.Node | None:

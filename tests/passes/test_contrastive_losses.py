@@ -316,11 +316,11 @@ class Clip(nn.Module):
         return both(z), z, z.T
 
 
-def test_returned_similarities_are_kept_unless_they_may_be_none() -> None:
+def test_returned_similarities_stay_whole_or_are_none_where_that_is_asked_for() -> None:
     batch = Batch.draw()
     expected = Clip()(batch)
-    kept, (record,) = run_compiled(Clip(), batch)
-    assert any("logits='none' would return None" in r.text for r in record.remarks)
+    kept, (record,) = run_compiled(Clip(), batch, logits="full")
+    assert any("logits='full' keeps them whole" in r.text for r in record.remarks)
     torch.testing.assert_close(kept, expected)
     (loss, *rest), (record,) = run_compiled(Clip(), batch, logits="none")
     assert rest == [None, None]
