@@ -30,6 +30,7 @@ from memopt.passes.logits import Logits, flipped, follow, rows_of
 from memopt.passes.row_losses import Loss, find_heads, find_loss
 from memopt.passes.row_operators import RowOperators
 from memopt.passes.stacked_rows import unstack
+from memopt.passes.steps import is_one
 from memopt.pipeline import PassContext
 from memopt.remarks import RemarkKind
 from memopt.returned import ReturnedLogits
@@ -207,7 +208,9 @@ class ChunkLosses:
             return "the logits are returned, and the option logits='full' keeps them whole"
         if any(r.normalised or r.classes_at != -1 for r in returned):
             return "the graph returns the logits normalised or transposed"
-        sources = [head.weight, *{r.bias for r in returned if r.bias is not None}]
+        if any(len(r.biases) > 1 or any(map(is_one, r.biases)) for r in returned):
+            return "the logits are returned with two biases, or one number added to all"
+        sources = [head.weight, *(bias for r in returned for bias in r.biases)]
         if any(node.op != "placeholder" for node in sources) or head.transposed:
             return "the logits are returned, and their weight is computed in the graph"
         return ""
@@ -242,7 +245,7 @@ class ChunkLosses:
             ReturnedLogits(
                 places=tuple(places),
                 weight=inputs.index(head.weight),
-                bias=None if logits.bias is None else inputs.index(logits.bias),
+                bias=inputs.index(logits.biases[0]) if logits.biases else None,
                 product_dtype=traced(head.node).dtype,
                 dtype=logits.dtype,
                 scale=logits.scale,

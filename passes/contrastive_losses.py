@@ -30,11 +30,10 @@ from memopt.kernels.head import default_chunk_rows
 from memopt.passes.heads import Head, loosely, overwriter, stops_gradient, unsafe
 from memopt.passes.returned_similarities import refusal, replace_returned, scale_tensor
 from memopt.passes.similarities import Direction, Pair, find_pairs, find_sigmoids
-from memopt.passes.steps import FACTORS, divides, overwrites
+from memopt.passes.steps import FACTORS, SUMS, divides, overwrites
 from memopt.pipeline import PassContext
 from memopt.remarks import RemarkKind
 
-_SUMS = frozenset({operator.add, operator.iadd, torch.add, "add"})
 _MEANS = frozenset({torch.mean, "mean"})
 
 
@@ -107,7 +106,7 @@ def _find_sum(pair: Pair) -> Sum | None:
             plain = plain and len(args) == 1 and not p.kwargs and not mean.kwargs
             return Sum(mean, a, (*between, p, mean), mean=True) if plain else None
         if p is q:
-            plain = p.target in _SUMS and len(args) == 2 and not p.kwargs
+            plain = p.target in SUMS and len(args) == 2 and not p.kwargs
             return Sum(p, a, (*between, p)) if plain else None
         linear = p.target in FACTORS and not overwrites(p) and args.count(a) == 1
         linear = linear and (args[0] is a or not divides(p))
@@ -182,6 +181,7 @@ def _fuse(
     rows = chunk_rows or default_chunk_rows(size, size, traced(loss).device)
     with graph.inserting_before(loss):
         both = _operator(graph, pair.a, rows)
+        both = _with_zeros(graph, both, pair)
     with graph.inserting_before(total.node):
         own = both if total.own is loss else total.own
         loss.replace_all_uses_with(both)
@@ -214,3 +214,15 @@ def _operator(graph: fx.Graph, a: Direction, rows: int) -> fx.Node:
     wanted = [bool(traced(node).requires_grad) for node in inputs]
     mean = call(operator.getitem, call(CONTRASTIVE, *inputs, rows, wanted, True), 0)
     return typed(call(operator.mul, mean, 2.0), result.dtype)
+
+
+def _with_zeros(graph: fx.Graph, value: fx.Node, pair: Pair) -> fx.Node:
+    """The same value, with the gradients of what was added to all similarities: zeros."""
+    for shift in dict.fromkeys((*pair.a.shifts, *pair.b.shifts)):
+        if not (traced(shift).requires_grad and traced(value).requires_grad):
+            continue
+        zero = emit(graph, operator.mul, (shift, 0.0), like=pair.a.loss.node)
+        for step in (("reshape", ()), ("to", traced(value).dtype)):
+            zero = emit(graph, step[0], (zero, step[1]), like=pair.a.loss.node)
+        value = emit(graph, operator.add, (value, zero), like=pair.a.loss.node)
+    return value

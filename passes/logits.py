@@ -20,6 +20,7 @@ from memopt.passes.heads import Head, loosely, stops_gradient, untransposed
 from memopt.passes.steps import (
     FACTORS,
     PLAIN,
+    SUMS,
     TRANSPOSES,
     cast_of,
     divides,
@@ -28,7 +29,6 @@ from memopt.passes.steps import (
 )
 
 _TANH = frozenset({torch.tanh, "tanh", F.tanh})
-_ADD = frozenset({operator.add, operator.iadd, torch.add, "add"})
 _LOG_SOFTMAX = frozenset({F.log_softmax, torch.log_softmax, "log_softmax"})
 _PERMUTES = frozenset({torch.permute, "permute", torch.movedim, "movedim"})
 RESHAPES = frozenset({"view", "reshape"})
@@ -43,7 +43,7 @@ class Logits:
         path: the shape operators on the way, which act on rows alone.
         scale: factor on the product.
         softcap: bound by a hyperbolic tangent; 0 for none.
-        bias: added to the product, or None.
+        biases: added to the product: one number per class, or one for all.
         open_tanh: whether the values are a bare ``tanh(scale * product)``, to be scaled.
         classes_at: 1 where the classes are the second dimension, else -1.
         normalised: whether the values are log-softmax of the logits.
@@ -54,7 +54,7 @@ class Logits:
     path: tuple[fx.Node, ...] = ()
     scale: float = 1.0
     softcap: float = 0.0
-    bias: fx.Node | None = None
+    biases: tuple[fx.Node, ...] = ()
     classes_at: int = -1
     normalised: bool = False
     detached: bool = False
@@ -64,7 +64,7 @@ class Logits:
         """Equal where the values are, row by row: the same rows in order, changed alike."""
         order = (*RESHAPES, "flatten", torch.flatten, "unsqueeze", torch.unsqueeze)
         rows = tuple(step for step in self.path if step.target not in order)
-        return rows, self.scale, self.softcap, self.bias
+        return rows, self.scale, self.softcap, self.biases
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,7 +75,12 @@ class Logits:
 
 def follow(head: Head) -> tuple[dict[fx.Node, Logits], list[tuple[fx.Node, Logits]]]:
     """Every node that holds the head's logits, and every reader that does something else."""
-    start = Logits(head.node, bias=head.bias, path=head.path, detached=stops_gradient(head.node))
+    start = Logits(
+        head.node,
+        biases=() if head.bias is None else (head.bias,),
+        path=head.path,
+        detached=stops_gradient(head.node),
+    )
     members = {head.node: start}
     readers: list[tuple[fx.Node, Logits]] = []
     todo = [head.node]
@@ -97,7 +102,7 @@ def flipped(user: fx.Node, logits: Logits, head: Head) -> Head | None:
 
     A contrastive loss reads its similarities in both directions.
     """
-    plain = logits.scale == 1.0 and not logits.softcap and logits.bias is None
+    plain = logits.scale == 1.0 and not logits.softcap and not logits.biases
     factors = all(step.target in FACTORS for step in logits.path)
     if not (plain and factors) or logits.normalised or head.transposed:
         return None
@@ -160,17 +165,24 @@ def _valued(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
     if user.target in FACTORS and isinstance(constant, fx.Node):
         # One factor for all classes may as well go to the hidden state.
         plain = left is logits.node or not divides(user)
-        plain = plain and logits.bias is None and not logits.softcap
+        plain = plain and not logits.biases and not logits.softcap
         return replace(logits, path=(*logits.path, user)) if plain and is_one(constant) else None
-    if user.target in _ADD and isinstance(constant, fx.Node):
-        plain = logits.bias is None and logits.scale == 1.0 and not logits.softcap
-        shape = shape_of(constant)
-        one_row = math.prod(map(size_hint, shape)) == size_hint(head.classes)
-        wide = same_shape(shape[-1:], (head.classes,)) and one_row
-        wide = wide and len(shape) <= len(shape_of(logits.node)) and logits.classes_at == -1
-        wide = wide and traced(constant).dtype == traced(head.node).dtype
-        return replace(logits, bias=constant) if plain and wide else None
+    if user.target in SUMS and isinstance(constant, fx.Node):
+        plain = logits.scale == 1.0 and not logits.softcap
+        plain = plain and _is_bias(constant, logits, head)
+        return replace(logits, biases=(*logits.biases, constant)) if plain else None
     return None
+
+
+def _is_bias(node: fx.Node, logits: Logits, head: Head) -> bool:
+    """Whether a node has one number per class, or one for all, in the dtype of the product."""
+    shape, value = shape_of(node), traced(node)
+    if not isinstance(value, torch.Tensor) or value.dtype != traced(head.node).dtype:
+        return False
+    one_row = math.prod(map(size_hint, shape)) == size_hint(head.classes)
+    wide = same_shape(shape[-1:], (head.classes,)) and one_row
+    wide = wide and len(shape) <= len(shape_of(logits.node)) and logits.classes_at == -1
+    return wide or is_one(node)
 
 
 def _scaled(logits: Logits, factor: float) -> Logits | None:

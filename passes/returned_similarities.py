@@ -20,8 +20,10 @@ def refusal(pair: Pair, mode: str, returned: set[fx.Node]) -> str:
     """Why similarities that are returned cannot be given up; or ``""``."""
     if mode == "full":
         return "the graph returns the similarities, and logits='full' keeps them whole"
-    known = (product_of(node) for node in returned)
+    known = [product_of(node) for node in returned]
     sides = {pair.a.x, pair.a.y}
+    if mode == "lazy" and any(p is not None and p.shifts for p in known):
+        return "the graph returns similarities with something added"
     if mode == "lazy" and any(p is None or {p.x, p.y} != sides for p in known):
         return "the graph returns similarities whose embeddings are not found"
     return ""

@@ -42,7 +42,7 @@ class Loss:
     @property
     def inputs(self) -> tuple[fx.Node | None, ...]:
         """What it reads besides the logits."""
-        return self.target, self.weight, self.logits.bias
+        return self.target, self.weight, *self.logits.biases
 
 
 def find_heads(graph: fx.Graph) -> list[Head]:

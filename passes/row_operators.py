@@ -17,6 +17,7 @@ from memopt.kernels.rows import IndexTargets
 from memopt.passes.heads import Head
 from memopt.passes.logits import Logits, rows_of
 from memopt.passes.row_losses import Loss
+from memopt.passes.steps import is_one
 
 
 class RowOperators:
@@ -102,13 +103,22 @@ class RowOperators:
         weight = self._typed(head.weight, dtype)
         if head.transposed:
             weight = self._call("t", weight)
-        bias = None
-        if logits.bias is not None:
-            bias = self._call("reshape", self._typed(logits.bias, dtype), -1)
+        bias = self._bias(logits.biases, dtype)
         if not trained:
             x, weight = (constant(self.graph, node, like=self.like) for node in (x, weight))
             bias = bias and constant(self.graph, bias, like=self.like)
         return x, weight, bias
+
+    def _bias(self, biases: tuple[fx.Node, ...], dtype: torch.dtype) -> fx.Node | None:
+        """The sum of all biases, `(V,)`."""
+        total = None
+        for node in biases:
+            bias = self._call("reshape", self._typed(node, dtype), -1)
+            total = bias if total is None else self._call("add", total, bias)
+        if total is None or not all(map(is_one, biases)):
+            return total
+        at = 1 if self.head.transposed else 0
+        return self._call("expand", total, extent(self.graph, self.head.weight, at))
 
     def _op(self, op: Any, loss: Loss, *more: Any) -> fx.Node:
         """Call a row operator on the loss's rows."""

@@ -14,7 +14,7 @@ from memopt.emit import same_shape, shape_of, traced
 from memopt.passes.heads import find_head, loosely, untransposed
 from memopt.passes.logits import Logits
 from memopt.passes.row_losses import Loss, find_loss
-from memopt.passes.steps import FACTORS, PLAIN, cast_of, divides, is_one, overwrites
+from memopt.passes.steps import FACTORS, PLAIN, SUMS, cast_of, divides, is_one, overwrites
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class Product(NamedTuple):
         scale: every factor between them and the similarities.
         scaled: the nodes that scale embeddings.
         similarities: the nodes that hold the `(N, N)` similarities, the product last.
+        shifts: what is added to all similarities alike: it changes no softmax, and has no gradient
+            but zeros.
     """
 
     x: fx.Node
@@ -55,6 +57,7 @@ class Product(NamedTuple):
     scale: Scale
     scaled: tuple[fx.Node, ...]
     similarities: tuple[fx.Node, ...]
+    shifts: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class Direction:
         scale: every factor between them and the loss.
         scaled: the nodes that scale embeddings.
         similarities: the nodes that hold the `(N, N)` similarities, the product last.
+        shifts: what is added to all similarities alike: it changes no softmax, and has no gradient
+            but zeros.
     """
 
     loss: Loss
@@ -75,6 +80,7 @@ class Direction:
     scale: Scale
     scaled: tuple[fx.Node, ...]
     similarities: tuple[fx.Node, ...]
+    shifts: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,8 @@ def _direction(loss: Loss) -> Direction | None:
 
 def product_of(node: fx.Node) -> Product | None:
     """Walk from similarities back to the product, and on to the embeddings."""
-    scale, flips, nodes = Scale(), False, list[fx.Node]()
+    scale, flips = Scale(), False
+    nodes, shifts = list[fx.Node](), list[fx.Node]()
     while (head := find_head(node)) is None:
         nodes.append(node)
         if (found := _unscaled(node, scale)) is not None:
@@ -160,8 +167,14 @@ def product_of(node: fx.Node) -> Product | None:
             node, flips = inner, not flips
         elif (inner := _converted(node)) is not None:
             node = inner
+        elif (shifted := _unshifted(node)) is not None:
+            node, shift = shifted
+            shifts.append(shift)
         else:
             return None
+    nodes.append(node)
+    if any(overwrites(n) and not _are_alone(nodes[i + 1 :]) for i, n in enumerate(nodes)):
+        return None
     ends, scaled = [], list[fx.Node]()
     for end in (head.hidden, head.weight):
         while (found := _unscaled(end, scale)) is not None:
@@ -172,7 +185,7 @@ def product_of(node: fx.Node) -> Product | None:
     plain = head.bias is None and not head.transposed and len(shape_of(x)) == 2
     if not plain or not same_shape(shape_of(x), shape_of(y)):
         return None
-    return Product(x, y, scale, tuple(scaled), (*nodes, head.node))
+    return Product(x, y, scale, tuple(scaled), tuple(nodes), tuple(shifts))
 
 
 def _converted(node: fx.Node) -> fx.Node | None:
@@ -194,3 +207,21 @@ def _unscaled(node: fx.Node, scale: Scale) -> tuple[fx.Node, Scale] | None:
         return None
     after = scale.times(right, node)
     return None if after is None else (left, after)
+
+
+def _unshifted(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """``z`` and ``b`` of ``z + b``, in place too; ``b`` has one element."""
+    if node.target not in SUMS or node.kwargs or len(node.args) != 2:
+        return None
+    left, right = loosely(node.args)
+    if isinstance(left, fx.Node) and is_one(left) and not overwrites(node):
+        left, right = right, left
+    if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)) or not is_one(right):
+        return None
+    floating = traced(right).is_floating_point() and traced(right).device == traced(left).device
+    return (left, right) if floating and len(shape_of(left)) == 2 else None
+
+
+def _are_alone(nodes: list[fx.Node]) -> bool:
+    """Whether each node has one reader, so that what it holds may as well be overwritten."""
+    return all(len(node.users) == 1 for node in nodes)

@@ -14,6 +14,7 @@ from memopt._torch import OpOverload
 from memopt.emit import traced
 
 PLAIN = frozenset({"contiguous", "clone"})
+SUMS = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
 TRANSPOSES = frozenset({torch.transpose, "transpose", torch.swapaxes, "swapaxes", "mT"})
 FACTORS: Mapping[Any, Callable[[float], float]] = {
     target: function
