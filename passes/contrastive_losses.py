@@ -23,11 +23,12 @@ import torch
 from torch import fx
 
 from memopt._torch import size_hint
-from memopt.emit import constant, emit, same_shape, shape_of, traced
+from memopt.emit import constant, emit, shape_of, traced
 from memopt.graph import source_line
 from memopt.kernels.contrastive import CONTRASTIVE
 from memopt.kernels.head import default_chunk_rows
-from memopt.passes.heads import Head, loosely, overwriter, stops_gradient, unsafe
+from memopt.passes.counting import is_arange
+from memopt.passes.heads import Head, loosely, stops_gradient, unsafe
 from memopt.passes.returned_similarities import refusal, replace_returned, scale_tensor
 from memopt.passes.similarities import Direction, Pair, find_pairs, find_sigmoids
 from memopt.passes.steps import FACTORS, SUMS, divides, overwrites
@@ -130,7 +131,7 @@ def _refusal(pair: Pair, total: Sum | None, mode: str) -> str:
         if loss.weight is not None or loss.label_smoothing or loss.reduction != "mean":
             return "the cross-entropies have weights, smoothing or another reduction than mean"
         known = isinstance(loss.ignore_index, int) and loss.ignore_index < 0
-        if not known or not _is_arange(loss.target, pair.size, last):
+        if not known or not is_arange(loss.target, pair.size, last):
             return "the classes are not seen to be arange(N)"
     if total is None:  # (2)
         return "the losses are not only read as their sum"
@@ -143,20 +144,6 @@ def _refusal(pair: Pair, total: Sum | None, mode: str) -> str:
         if reason := refusal(pair, mode, returned):
             return reason
     return _changed(pair, last)
-
-
-def _is_arange(target: fx.Node | None, size: Any, last: fx.Node) -> bool:
-    """Whether classes are 0, 1, 2 and so on up to ``size``, and stay so."""
-    node = target
-    while node is not None and node.target in ("to", "long", "cuda", "contiguous"):
-        node = loosely(node.args[0])
-    if target is None or node is None or node.target is not torch.arange:
-        return False
-    start = node.kwargs.get("start", node.args[0] if len(node.args) > 1 else 0)
-    step = node.kwargs.get("step", node.args[2] if len(node.args) > 2 else 1)
-    counts = (start, step) == (0, 1) and same_shape(shape_of(node), (size,))
-    integers = traced(node).dtype == traced(target).dtype == torch.int64
-    return counts and integers and overwriter((node, target), node, last) is None
 
 
 def _changed(pair: Pair, last: fx.Node) -> str:

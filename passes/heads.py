@@ -26,6 +26,7 @@ class Head:
         bias: `(V,)` or None.
         transposed: whether the weight is stored the other way round.
         path: factors on the product that ``node`` contains already; see ``Logits``.
+        classes_at: 1 where the product has its classes in the second dimension of three, else -1.
     """
 
     node: fx.Node
@@ -34,11 +35,12 @@ class Head:
     bias: fx.Node | None
     transposed: bool = False
     path: tuple[fx.Node, ...] = ()
+    classes_at: int = -1
 
     @property
     def classes(self) -> Any:
         """``V``."""
-        return shape_of(self.node)[-1]
+        return shape_of(self.node)[self.classes_at]
 
 
 def find_head(node: fx.Node) -> Head | None:
@@ -50,13 +52,48 @@ def find_head(node: fx.Node) -> Head | None:
         bias = args[2] if len(args) > 2 else None
         return _checked(Head(node, args[0], args[1], bias))
     if target in (operator.matmul, torch.matmul, torch.mm, "matmul", "mm"):
-        hidden, right = args[:2]
-        if not (isinstance(hidden, fx.Node) and isinstance(right, fx.Node)):
+        return _product(node, args[0], args[1])
+    if target in (torch.addmm, "addmm") and len(args) == 3:
+        return _product(node, args[1], args[2], args[0])
+    if target is torch.einsum:
+        equation, *sides = args if len(args) == 3 else (args[0], *args[1])
+        if len(sides) != 2:
             return None
-        weight = untransposed(_in_place_already(right))
-        if weight is not None:
-            return _checked(Head(node, hidden, weight, None))
-        return _checked(Head(node, hidden, right, None, transposed=True))
+        x, w = sides
+        return _summed(node, equation, x, w) or _summed(node, equation, w, x, swapped=True)
+    return None
+
+
+def _product(node: fx.Node, hidden: Any, right: Any, bias: Any = None) -> Head | None:
+    """``hidden @ weight.T``, or ``weight @ hidden.transpose(1, 2)``."""
+    if not (isinstance(hidden, fx.Node) and isinstance(right, fx.Node)):
+        return None
+    weight = untransposed(_in_place_already(right))
+    if weight is not None:
+        return _checked(Head(node, hidden, weight, bias))
+    if len(shape_of(right)) == 3 and (turned := swapped(right)) is not None:
+        return _checked(Head(node, turned, hidden, bias, classes_at=1))
+    return _checked(Head(node, hidden, right, bias, transposed=True))
+
+
+def _summed(node: fx.Node, equation: Any, x: Any, w: Any, *, swapped: bool = False) -> Head | None:
+    """``einsum("...h,vh->...v", x, w)``, with any letters, and ``w`` the other way round too."""
+    if not (isinstance(equation, str) and isinstance(x, fx.Node) and isinstance(w, fx.Node)):
+        return None
+    terms, arrow, result = equation.replace(" ", "").replace("...", ".").partition("->")
+    sides = terms.split(",")[:: -1 if swapped else 1]
+    letters = len(set(sides[0])) == len(sides[0]) and len(set(sides[-1])) == 2
+    if not (arrow and letters and len(sides) == 2 and len(sides[1]) == 2):
+        return None
+    rows, width = sides[0][:-1], sides[0][-1]
+    classes = sides[1].replace(width, "")
+    if len(classes) != 1 or classes in rows or classes == ".":
+        return None
+    transposed = sides[1][0] == width
+    if result == rows + classes:
+        return _checked(Head(node, x, w, None, transposed=transposed))
+    if result == rows[:1] + classes + rows[1:] and len(rows) == 2:
+        return _checked(Head(node, x, w, None, transposed=transposed, classes_at=1))
     return None
 
 
@@ -71,9 +108,13 @@ def _checked(head: Head) -> Head | None:
     rows_at = 0 if head.transposed else 1
     if len(weight) != 2 or not shape:
         return None
-    if not same_shape(shape_of(head.node), (*shape[:-1], weight[1 - rows_at])):
+    classes = weight[1 - rows_at]
+    result = (*shape[:-1], classes) if head.classes_at == -1 else (shape[0], classes, *shape[1:-1])
+    if not same_shape(shape_of(head.node), result):
         return None
-    if head.bias is not None and not (isinstance(head.bias, fx.Node) and shape_of(head.bias)):
+    if head.bias is not None and not isinstance(head.bias, fx.Node):
+        return None
+    if head.bias is not None and not same_shape(shape_of(head.bias), (classes,)):
         return None
     return head
 
@@ -95,6 +136,16 @@ def untransposed(node: fx.Node) -> fx.Node | None:
     dims = {d % 2 for d in loosely(node.args[1:3]) if isinstance(d, int)}
     flips = flips or (node.target in TRANSPOSES and dims == {0, 1})
     return node.args[0] if flips and len(shape_of(node)) == 2 else None
+
+
+def swapped(node: fx.Node) -> fx.Node | None:
+    """``x`` of ``x.transpose(1, 2)`` in three dimensions, or of ``x.mT``."""
+    if not node.args or not isinstance(node.args[0], fx.Node) or node.kwargs:
+        return None
+    flips = node.target == "mT" or (node.target is getattr and node.args[1] == "mT")
+    dims = {d % 3 for d in loosely(node.args[1:3]) if isinstance(d, int)}
+    flips = flips or (node.target in TRANSPOSES and dims == {1, 2})
+    return node.args[0] if flips and len(shape_of(node)) == 3 else None
 
 
 def source_of(node: fx.Node) -> Head | None:

@@ -59,7 +59,8 @@ def _in_order(head: Head, loss: Loss) -> bool:
     """Whether the operator of a loss meets every row of the head's product, in order."""
     shapes = (*RESHAPES, "flatten", torch.flatten)
     in_order = all(step.target in shapes for step in loss.logits.path)
-    return in_order and loss.logits.biases == follow(head)[0][head.node].biases and not head.path
+    as_made = loss.logits.biases == ((head.bias,) if head.bias else ())
+    return in_order and as_made and not head.path and head.classes_at == -1
 
 
 def _steps(head: Head, node: fx.Node, members: Container[fx.Node]) -> set[fx.Node]:

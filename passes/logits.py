@@ -16,7 +16,7 @@ from torch import fx
 
 from memopt._torch import size_hint
 from memopt.emit import emit, extent, same_shape, shape_of, traced
-from memopt.passes.heads import Head, loosely, stops_gradient, untransposed
+from memopt.passes.heads import Head, loosely, stops_gradient, swapped, untransposed
 from memopt.passes.steps import (
     FACTORS,
     PLAIN,
@@ -79,6 +79,7 @@ def follow(head: Head) -> tuple[dict[fx.Node, Logits], list[tuple[fx.Node, Logit
         head.node,
         biases=() if head.bias is None else (head.bias,),
         path=head.path,
+        classes_at=head.classes_at,
         detached=stops_gradient(head.node),
     )
     members = {head.node: start}
@@ -205,8 +206,8 @@ def _normalised(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
         return None
     dim = loosely(user.args[1] if len(user.args) > 1 else user.kwargs.get("dim"))
     rank = len(shape_of(logits.node))
-    last = isinstance(dim, int) and dim % rank == rank - 1
-    return replace(logits, normalised=True) if last and logits.classes_at == -1 else None
+    by_class = isinstance(dim, int) and dim % rank == logits.classes_at % rank
+    return replace(logits, normalised=True) if by_class else None
 
 
 def shaped(user: fx.Node, logits: Logits, head: Head | None) -> Logits | None:
@@ -257,7 +258,11 @@ def _swapped(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
     """Classes moved to the second place, as ``cross_entropy`` wants them in more dimensions."""
     before, after = shape_of(logits.node), shape_of(user)
     rank = len(before)
-    if logits.classes_at != -1 or logits.normalised or rank < 3 or not _is_input(user, logits):
+    if rank < 3 or not _is_input(user, logits):
+        return None
+    if swapped(user) is logits.node:
+        return replace(logits, classes_at=-1 if logits.classes_at == 1 else 1)
+    if logits.classes_at != -1:
         return None
     if not same_shape(after, (before[0], before[-1], *before[1:-1])):
         return None
@@ -265,9 +270,7 @@ def _swapped(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
     dims = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
     if not all(isinstance(d, int) for d in dims):
         return None
-    if user.target in TRANSPOSES:
-        moved = rank == 3 and {d % rank for d in dims} == {1, 2}
-    elif user.target in ("movedim", torch.movedim):
+    if user.target in ("movedim", torch.movedim):
         moved = [d % rank for d in dims] == [rank - 1, 1]
     else:
         order = [0, rank - 1, *range(1, rank - 1)]

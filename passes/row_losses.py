@@ -1,5 +1,6 @@
 """The losses on logits that one row operator can serve, in the spellings of plain PyTorch."""
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from memopt.emit import same_shape, shape_of, traced
-from memopt.passes.heads import Head, source_of
+from memopt.passes.counting import is_arange
+from memopt.passes.heads import Head, loosely, source_of
 from memopt.passes.logits import Logits
 
 _NOTHING = -(2**62)  # an index that no target has
@@ -28,6 +30,7 @@ class Loss:
         reduction: of a cross-entropy.
         ignore_index: the class that does not count.
         label_smoothing: in ``[0, 1]``.
+        wraps: whether negative classes count from the last.
     """
 
     node: fx.Node
@@ -38,6 +41,7 @@ class Loss:
     reduction: str = "mean"
     ignore_index: int = -100
     label_smoothing: float = 0.0
+    wraps: bool = False
 
     @property
     def inputs(self) -> tuple[fx.Node | None, ...]:
@@ -50,7 +54,8 @@ def find_heads(graph: fx.Graph) -> list[Head]:
     starts = [
         arguments(node, "input").get("input")
         for node in graph.nodes
-        if node.op in ("call_function", "call_method") and node.target in _STARTS
+        if node.op in ("call_function", "call_method")
+        and (node.target in _STARTS or _row_and_class(node) is not None)
     ]
     heads = [source_of(start) for start in starts if isinstance(start, fx.Node)]
     return list(dict.fromkeys(head for head in heads if head is not None))
@@ -67,7 +72,8 @@ def arguments(node: fx.Node, names: str) -> dict[str, Any]:
 
 
 def _cross_entropy(node: fx.Node, logits: Logits) -> Loss | None:
-    if node.target is not F.cross_entropy or logits.normalised:
+    """Of logits, or of their log-softmax, which has the same."""
+    if node.target is not F.cross_entropy:
         return None
     a = arguments(
         node,
@@ -125,9 +131,13 @@ def _log_sum_exp(node: fx.Node, logits: Logits) -> Loss | None:
 
 def _gather(node: fx.Node, logits: Logits) -> Loss | None:
     """``gather(z, -1, y[..., None])``, of logits or of log-probabilities."""
-    if node.target not in (torch.gather, "gather"):
+    if node.target in (torch.gather, "gather"):
+        a = arguments(node, "input dim index")
+    elif node.target in (torch.take_along_dim, "take_along_dim"):
+        a = arguments(node, "input index dim")
+        a["index"] = a.pop("indices", a.get("index"))
+    else:
         return None
-    a = arguments(node, "input dim index")
     if a.get("input") is not logits.node or set(a) - {"input", "dim", "index"}:
         return None
     if logits.detached and traced(node).requires_grad:
@@ -143,12 +153,42 @@ def _gather(node: fx.Node, logits: Logits) -> Loss | None:
     )
 
 
+def _indexed(node: fx.Node, logits: Logits) -> Loss | None:
+    """``z[arange(N), y]``, of logits or of log-probabilities."""
+    index = _row_and_class(node)
+    if index is None or node.args[0] is not logits.node or logits.classes_at != -1:
+        return None
+    rows, target = index
+    if logits.detached and traced(node).requires_grad:
+        return None
+    if not is_arange(rows, shape_of(logits.node)[0], node):
+        return None
+    kind = "log_prob" if logits.normalised else "gather"
+    return Loss(node, logits, kind, target, ignore_index=_NOTHING, wraps=True)
+
+
+def _row_and_class(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The rows and the classes by which a node picks one entry of each row of a matrix."""
+    if node.target is not operator.getitem:
+        return None
+    matrix, index = loosely(node.args)
+    if len(shape_of(matrix)) != 2 or not isinstance(index, tuple) or len(index) != 2:
+        return None
+    rows, target = index
+    if not (isinstance(rows, fx.Node) and isinstance(target, fx.Node)):
+        return None
+    alike = len(shape_of(target)) == 1 and same_shape(shape_of(rows), shape_of(target))
+    return (rows, target) if alike and traced(target).dtype == torch.int64 else None
+
+
 _RULES: tuple[Callable[[fx.Node, Logits], Loss | None], ...] = (
     _cross_entropy,
     _nll,
     _log_sum_exp,
     _gather,
+    _indexed,
 )
 _STARTS = frozenset(
     {F.cross_entropy, F.nll_loss, torch.gather, "gather", torch.logsumexp, "logsumexp"}
+    | {torch.take_along_dim, "take_along_dim"}
 )

@@ -56,7 +56,7 @@ class RowOperators:
         return default_chunk_rows(self._rows_of_head(), size_hint(self.head.classes), z.device)
 
     def _rows_of_head(self) -> int:
-        return math.prod(size_hint(size) for size in shape_of(self.head.node)[:-1])
+        return math.prod(size_hint(size) for size in shape_of(self.head.hidden)[:-1])
 
     def _fastest(self, losses: list[Loss]) -> int:
         """Rows of a chunk, or 0 where it is faster to have no logits in memory at all."""
@@ -141,13 +141,18 @@ class RowOperators:
                 target = self._call("movedim", target, 1, -1)
             classes = extent(self.graph, target, -1)
             return self._call("reshape", target, -1, classes)
-        return self._call("reshape", loss.target, -1)
+        target = self._call("reshape", loss.target, -1)
+        if not loss.wraps:
+            return target
+        at = 1 if self.head.transposed else 0
+        last = self._call("add", target, extent(self.graph, self.head.weight, at))
+        return self._call(torch.where, self._call("lt", target, 0), last, target)
 
     def _rows(self, loss: Loss) -> fx.Node:
         """The operator on rows; readers of the same rows and targets share it."""
         options = loss.weight, loss.ignore_index, loss.label_smoothing
         differentiable = bool(traced(loss.node).requires_grad)
-        key = loss.logits.values, loss.target, options, differentiable
+        key = loss.logits.values, loss.target, loss.wraps, options, differentiable
         if key not in self._shared:
             self._shared[key] = self._op(ROWS, loss)
         return self._shared[key]

@@ -1,5 +1,6 @@
 """One number added to all similarities, as open_clip's ``logit_bias``: no softmax sees it."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from memopt.remarks import RemarkKind
 from tests import references
 from tests.passes.compiling import assert_close, run_compiled
-from tests.passes.test_contrastive_losses import Function, autocast, both
+from tests.passes.test_contrastive_losses import autocast, both
 
 PAIRS, SIZE = 300, 8
 
@@ -32,6 +33,9 @@ class Batch(NamedTuple):
 
     def gradients(self, value: Tensor) -> list[Tensor | None]:
         return list(torch.autograd.grad(value, list(self), allow_unused=True))
+
+
+Function = Callable[[Any], Any]
 
 
 def open_clip(i: Any) -> Tensor:
@@ -74,8 +78,9 @@ def test_a_bias_is_left_out_and_has_eagers_gradient(form: str) -> None:
 
 def test_a_loss_in_one_direction_takes_the_bias_as_one_per_class() -> None:
     def function(i: Any) -> Tensor:
-        z = i.scale * i.x @ i.y.T + i.bias
-        return F.cross_entropy(z, torch.arange(PAIRS)) + torch.logsumexp(z, -1).square().mean()
+        z: Tensor = i.scale * i.x @ i.y.T + i.bias
+        loss = F.cross_entropy(z, torch.arange(PAIRS))
+        return loss + torch.logsumexp(z, -1).square().mean()
 
     batch = Batch.draw()
     expected = function(batch)
