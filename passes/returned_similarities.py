@@ -12,6 +12,7 @@ from torch import fx
 
 from memopt.emit import emit, traced
 from memopt.passes.similarities import Pair, Product, Scale, product_of
+from memopt.passes.steps import is_symbolic
 from memopt.pipeline import PassContext
 from memopt.returned import ReturnedSimilarities, Similarities
 
@@ -102,10 +103,14 @@ def scale_tensor(
         dtype: of the similarities; a number becomes float32 or wider.
         like: the node whose source line the new ones inherit.
     """
+    wide = torch.promote_types(dtype, torch.float32)
     if scale.tensor is None:
-        wide = torch.promote_types(dtype, torch.float32)
         return emit(graph, "new_full", (x, (), scale.number), {"dtype": wide}, like=like)
-    whole = emit(graph, "reshape", (scale.tensor, ()), like=like)
+    if is_symbolic(scale.tensor):  # filling with it would fix its value
+        one = emit(graph, "new_ones", (x, ()), {"dtype": wide}, like=like)
+        whole = emit(graph, operator.mul, (one, scale.tensor), like=like)
+    else:
+        whole = emit(graph, "reshape", (scale.tensor, ()), like=like)
     if scale.divides:
         return emit(graph, operator.truediv, (scale.number, whole), like=like)
     if scale.number == 1:

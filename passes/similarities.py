@@ -7,6 +7,7 @@ from functools import cached_property
 from itertools import combinations
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import fx
 
@@ -14,7 +15,16 @@ from memopt.emit import same_shape, shape_of, traced
 from memopt.passes.heads import find_head, loosely, untransposed
 from memopt.passes.logits import Logits
 from memopt.passes.row_losses import Loss, find_loss
-from memopt.passes.steps import FACTORS, PLAIN, SUMS, cast_of, divides, is_one, overwrites
+from memopt.passes.steps import (
+    FACTORS,
+    PLAIN,
+    SUMS,
+    cast_of,
+    divides,
+    is_one,
+    is_symbolic,
+    overwrites,
+)
 
 
 @dataclass(frozen=True)
@@ -23,7 +33,7 @@ class Scale:
 
     Attributes:
         number: product of all constant factors.
-        tensor: with one element, or None for 1.
+        tensor: with one element, or a number that changes from call to call; None for 1.
         divides: whether the tensor is below the line.
     """
 
@@ -36,7 +46,7 @@ class Scale:
         if not isinstance(factor, fx.Node):
             number = self.number * FACTORS[step.target](float(factor))
             return Scale(number, self.tensor, self.divides) if math.isfinite(number) else None
-        fits = traced(factor).device == traced(step).device and traced(factor).is_floating_point()
+        fits = is_symbolic(factor) or _is_float_beside(factor, step)
         return Scale(self.number, factor, divides(step)) if fits and not self.tensor else None
 
 
@@ -218,8 +228,15 @@ def _unshifted(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         left, right = right, left
     if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)) or not is_one(right):
         return None
-    floating = traced(right).is_floating_point() and traced(right).device == traced(left).device
-    return (left, right) if floating and len(shape_of(left)) == 2 else None
+    fits = _is_float_beside(right, left) and len(shape_of(left)) == 2
+    return (left, right) if fits else None
+
+
+def _is_float_beside(node: fx.Node, other: fx.Node) -> bool:
+    """Whether a node is a floating-point tensor on the device of another."""
+    value = traced(node)
+    tensor = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return tensor and bool(value.device == traced(other).device)
 
 
 def _are_alone(nodes: list[fx.Node]) -> bool:

@@ -58,10 +58,16 @@ def divides(node: fx.Node) -> bool:
     return FACTORS[node.target](2.0) != 2.0
 
 
+def is_symbolic(node: fx.Node) -> bool:
+    """Whether a node is a Python number that Dynamo found to change from call to call."""
+    return isinstance(traced(node), (torch.SymFloat, torch.SymInt))
+
+
 def is_one(node: fx.Node) -> bool:
-    """Whether a node is a tensor with one entry, and no more than one dimension."""
+    """Whether a node is a number, or a tensor with one entry and no more than one dimension."""
     value = traced(node)
-    return isinstance(value, torch.Tensor) and value.dim() < 2 and math.prod(value.shape) == 1
+    tensor = isinstance(value, torch.Tensor) and value.dim() < 2
+    return is_symbolic(node) or (tensor and math.prod(value.shape) == 1)
 
 
 def overwrites(node: fx.Node) -> bool:
