@@ -14,17 +14,20 @@ from torch import fx
 
 from memopt.emit import same_shape, shape_of, traced
 from memopt.passes.coefficients import Coefficients, Writer, picks
-from memopt.passes.heads import loosely
+from memopt.passes.heads import loosely, memory
 from memopt.passes.logits import RESHAPES
 from memopt.passes.row_losses import arguments
-from memopt.passes.steps import TRANSPOSES
+from memopt.passes.steps import TRANSPOSES, overwrites
 
 Transpose = Callable[[Writer, Coefficients], Coefficients]
 
 _SUMS = frozenset({torch.sum, "sum"})
 _MEANS = frozenset({torch.mean, "mean"})
 _CASTS = ("float", "half", "bfloat16", "double", "to", "type", "type_as", "contiguous", "clone")
-_ADDITIONS = frozenset({operator.add, torch.add, "add", operator.sub, torch.sub, "sub"})
+_PLUS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_MINUS = (operator.sub, operator.isub, torch.sub, "sub", "sub_")
+_ADDITIONS = frozenset({*_PLUS, *_MINUS})
+_DIVISIONS = (operator.truediv, operator.itruediv, torch.div, "div", "div_")
 _VIEWS = (
     *("flatten", torch.flatten, "squeeze", torch.squeeze, "unsqueeze", torch.unsqueeze),
     *("view_as", "reshape_as", "ravel", torch.ravel, torch.reshape, "unflatten", torch.unflatten),
@@ -36,7 +39,9 @@ def transpose_of(node: fx.Node, before: fx.Node) -> Transpose | None:
     if node.op not in ("call_function", "call_method"):
         return None
     rule = _RULES.get(node.target)
-    return rule(node, before) if rule is not None else None
+    if rule is None or _in_place(node, before):
+        return None
+    return rule(node, before)
 
 
 def read_by_transpose(node: fx.Node, before: fx.Node) -> list[fx.Node]:
@@ -58,6 +63,20 @@ def factors_only(node: fx.Node, before: fx.Node) -> bool:
         return not shape_of(node) and len(node.args) == 1
     elementwise = _RULES.get(node.target) in (_same, _negated, _product, _quotient)
     return elementwise and all(not shape_of(n) for n in node.all_input_nodes if n is not before)
+
+
+def _in_place(node: fx.Node, before: fx.Node) -> bool:
+    """Whether a step writes into what somebody else may read."""
+    if not overwrites(node) or not isinstance(node.args[0], fx.Node):
+        return False
+    if node.args[0] is not before:
+        return True
+    while len(before.users) == 1:
+        bases = [n for n in before.all_input_nodes if memory(n) == memory(before)]
+        if not bases:
+            return False
+        before = bases[0]
+    return True
 
 
 def _constant(value: Any) -> bool:
@@ -225,14 +244,14 @@ _RULES: Mapping[Any, Callable[[fx.Node, fx.Node], Union[Transpose, None]]] = {  
     target: rule
     for targets, rule in (
         (_CASTS, _same),
-        ((operator.neg, torch.neg, "neg"), _negated),
-        ((operator.mul, torch.mul, "mul"), _product),
-        ((operator.truediv, torch.div, torch.true_divide, "div"), _quotient),
-        ((operator.add, torch.add, "add"), partial(_sum_of_two, sign=1.0)),
-        ((operator.sub, torch.sub, "sub"), partial(_sum_of_two, sign=-1.0)),
+        ((operator.neg, torch.neg, "neg", "neg_"), _negated),
+        ((operator.mul, operator.imul, torch.mul, "mul", "mul_"), _product),
+        ((*_DIVISIONS, torch.true_divide), _quotient),
+        (_PLUS, partial(_sum_of_two, sign=1.0)),
+        (_MINUS, partial(_sum_of_two, sign=-1.0)),
         ((torch.dot, "dot", torch.matmul, operator.matmul, "matmul"), _dotted),
         ((torch.where,), _chosen),
-        ((torch.masked_fill, "masked_fill"), _unfilled),
+        ((torch.masked_fill, "masked_fill", "masked_fill_"), _unfilled),
         ((*RESHAPES, *_VIEWS), _viewed),
         ((*TRANSPOSES, "t", torch.t), _turned),
         ((operator.getitem,), _indexed),

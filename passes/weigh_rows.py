@@ -109,7 +109,8 @@ def _weigh(graph: fx.Graph, node: fx.Node, values: list[fx.Node]) -> str:
     known = [n for n in early if n in region.steps or name_of(n) in _SHAPES]
     if reader := next((n for n in early if n not in known), None):
         return f"{reader.name} reads the values before the weights are known"  # (3)
-    if writer := overwriter({*node.all_input_nodes, *region.weights}, node, region.scalar):
+    read = {*node.all_input_nodes, *region.weights}
+    if writer := overwriter(read, node, region.scalar, besides=region.steps):
         return f"{writer.name} overwrites what the values or the weights are computed from"
     place = last.next
     for step in early:
