@@ -30,7 +30,8 @@ from memopt.passes.logits import Logits, flipped, follow, rows_of
 from memopt.passes.row_losses import Loss, find_heads, find_loss
 from memopt.passes.row_operators import RowOperators
 from memopt.passes.stacked_rows import unstack
-from memopt.passes.steps import is_one
+from memopt.passes.steps import is_one, name_of
+from memopt.passes.unfollowed import find_unfollowed
 from memopt.pipeline import PassContext
 from memopt.remarks import RemarkKind
 from memopt.returned import ReturnedLogits
@@ -82,7 +83,7 @@ def _readers(head: Head, divergences: Divergences) -> _Readers | str:
             elif distilled:
                 found.distilled.update(dict.fromkeys(distilled))
             else:
-                reason = divergences.reasons.get(reader, str(reader.target))
+                reason = divergences.reasons.get(reader, name_of(reader))
                 return f"the logits are also read by {reader.name} ({reason})"
     return found
 
@@ -138,7 +139,7 @@ class ChunkLosses:
             heads = (*divergences.heads, *find_heads(graph))
             head = next((head for head in heads if head.node not in seen), None)
             if head is None:
-                return rewrites
+                break
             seen.add(head.node)
             reason = self._rewrite(graph, head, ctx, divergences)
             if reason:
@@ -146,6 +147,10 @@ class ChunkLosses:
                 ctx.remark(self.name, RemarkKind.MISSED, reason, head.node.name, source)
             else:
                 rewrites += 1
+        for found in find_unfollowed(graph, seen, _MIN_CLASSES):
+            place = found.node.name, source_line(found.node)
+            ctx.remark(self.name, RemarkKind.MISSED, found.reason, *place)
+        return rewrites
 
     def _rewrite(
         self, graph: fx.Graph, head: Head, ctx: PassContext, divergences: Divergences

@@ -31,7 +31,7 @@ from memopt.passes.counting import is_arange
 from memopt.passes.heads import Head, loosely, stops_gradient, unsafe
 from memopt.passes.returned_similarities import refusal, replace_returned, scale_tensor
 from memopt.passes.similarities import Direction, Pair, find_pairs, find_sigmoids
-from memopt.passes.steps import FACTORS, SUMS, divides, overwrites
+from memopt.passes.steps import FACTORS, SUMS, divides, name_of, overwrites
 from memopt.pipeline import PassContext
 from memopt.remarks import RemarkKind
 
@@ -138,7 +138,7 @@ def _refusal(pair: Pair, total: Sum | None, mode: str) -> str:
     readers = {user for node in pair.similarities for user in node.users}
     for reader in sorted(readers - pair.similarities - set(pair.losses)):  # (3)
         if reader.op != "output":
-            return f"the similarities are also read by {reader.name} ({reader.target})"
+            return f"the similarities are also read by {reader.name} ({name_of(reader)})"
         last = reader
         returned = {n for n in reader.all_input_nodes if n in pair.similarities}
         if reason := refusal(pair, mode, returned):

@@ -130,7 +130,7 @@ def _region(values: list[fx.Node]) -> Region | str:
             step = transpose_of(user, before)
             picked = before in region.picked
             if step is None or (picked and not factors_only(user, before)):
-                return f"{user.name} ({user.target}) is not seen to be linear in {before.name}"
+                return f"{user.name} ({name_of(user)}) is not seen to be linear in {before.name}"
             new = user not in region.steps
             region.steps.setdefault(user, {})[before] = step
             region.weights.update(read_by_transpose(user, before))

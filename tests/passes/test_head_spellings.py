@@ -125,13 +125,15 @@ def test_low_precision_is_as_near_to_float64_as_eager_is(form: str, dtype: torch
 
 
 OTHER_ROWS: dict[str, Function] = {
-    "rows in reverse": lambda i: -log_softmax(i)[
-        torch.arange(TOKENS - 1, -1, -1), i.known.view(-1)
-    ].mean(),
+    "rows in reverse": lambda i: (
+        -log_softmax(i)[torch.arange(TOKENS - 1, -1, -1), i.known.view(-1)].mean()
+    ),
     "a part of the rows": lambda i: -log_softmax(i)[torch.arange(9), i.known.view(-1)[:9]].mean(),
-    "rows of a batch": lambda i: -F.linear(i.x, i.w).log_softmax(-1)[
-        torch.arange(4)[:, None], torch.arange(6), i.known
-    ].mean(),
+    "rows of a batch": lambda i: (
+        -F.linear(i.x, i.w)
+        .log_softmax(-1)[torch.arange(4)[:, None], torch.arange(6), i.known]
+        .mean()
+    ),
     "two batched products": lambda i: F.cross_entropy(
         torch.einsum("bsh,bvh->bsv", i.x, i.w.expand(4, -1, -1)).transpose(1, 2), i.y
     ),

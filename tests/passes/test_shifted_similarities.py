@@ -80,7 +80,8 @@ def test_a_loss_in_one_direction_takes_the_bias_as_one_per_class() -> None:
     def function(i: Any) -> Tensor:
         z: Tensor = i.scale * i.x @ i.y.T + i.bias
         loss = F.cross_entropy(z, torch.arange(PAIRS))
-        return loss + torch.logsumexp(z, -1).square().mean()
+        total: Tensor = loss + torch.logsumexp(z, -1).square().mean()
+        return total
 
     batch = Batch.draw()
     expected = function(batch)
