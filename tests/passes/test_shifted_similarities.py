@@ -80,8 +80,7 @@ def test_a_loss_in_one_direction_takes_the_bias_as_one_per_class() -> None:
     def function(i: Any) -> Tensor:
         z: Tensor = i.scale * i.x @ i.y.T + i.bias
         loss = F.cross_entropy(z, torch.arange(PAIRS))
-        total: Tensor = loss + torch.logsumexp(z, -1).square().mean()
-        return total
+        return loss + torch.logsumexp(z, -1).square().mean()
 
     batch = Batch.draw()
     expected = function(batch)
@@ -115,7 +114,8 @@ def read_beside(i: Any) -> Tensor:
     z = i.x @ i.y.T
     mean = z.view(-1)
     z += i.bias
-    return both(z) + mean.mean()
+    loss: Tensor = both(z) + mean.mean()
+    return loss
 
 
 def one_bias_per_column(i: Any) -> Tensor:
