@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from memopt.backend import compile_graph, read_options
 from memopt.record import GraphRecord
 from memopt.remarks import RemarkKind
+from tests import references
 from tests.passes.compiling import assert_close, options
 from tests.passes.one_head import Inputs, capped, flat, gradients, log_probs
 
@@ -78,3 +79,36 @@ def test_a_changing_softcap_is_not_followed_and_a_remark_says_so() -> None:
     records = run(lambda i, t: F.cross_entropy(flat(capped(F.linear(i.x, i.w), t)), i.y.view(-1)))
     missed = [r for r in records[-1].remarks if r.kind is RemarkKind.MISSED]
     assert any("also read by mul" in r.text and r.source for r in missed)
+
+
+def rounded(dtype: torch.dtype, seed: int) -> tuple[Inputs, Inputs]:
+    """The same numbers in low precision and in double."""
+    low, exact = Inputs(seed=seed), Inputs(seed=seed)
+    for name, tensor in vars(low).items():
+        if tensor.is_floating_point():
+            own = tensor.detach().to(dtype)
+            setattr(low, name, own.requires_grad_(tensor.requires_grad))
+            double = own.detach().double().requires_grad_(tensor.requires_grad)
+            setattr(exact, name, double)
+    return low, exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["divided by", "temperature of both", "contrastive"])
+def test_low_precision_is_as_near_to_float64_as_eager_is(form: str, dtype: torch.dtype) -> None:
+    function, seeds = FOUND[form], iter(range(5))
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(function, backend="memopt", options=options())
+    compiled(rounded(dtype, 0)[0], 1.5)
+
+    def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        low, exact = rounded(dtype, next(seeds))
+        t = 2.3
+        results = ((compiled(low, t), low), (function(exact, t), exact), (function(low, t), low))
+        a, b, c = (
+            [v.detach(), *(g for g in gradients(v, own) if g is not None)] for v, own in results
+        )
+        assert [g.dtype for g in a] == [g.dtype for g in c]
+        return a, b, c
+
+    references.assert_draws_within_reference_error(draw)
