@@ -27,10 +27,10 @@ from memopt.passes.divergences import Divergence, Divergences, find_divergences
 from memopt.passes.heads import Head, overwriter, unsafe
 from memopt.passes.kept_logits import keep
 from memopt.passes.logits import Logits, flipped, follow, rows_of
-from memopt.passes.row_losses import Loss, find_heads, find_loss
+from memopt.passes.row_losses import Loss, find_heads, find_loss, why_not
 from memopt.passes.row_operators import RowOperators
 from memopt.passes.stacked_rows import unstack
-from memopt.passes.steps import is_one, name_of
+from memopt.passes.steps import is_one
 from memopt.passes.unfollowed import find_unfollowed
 from memopt.pipeline import PassContext
 from memopt.remarks import RemarkKind
@@ -83,7 +83,7 @@ def _readers(head: Head, divergences: Divergences) -> _Readers | str:
             elif distilled:
                 found.distilled.update(dict.fromkeys(distilled))
             else:
-                reason = divergences.reasons.get(reader, name_of(reader))
+                reason = divergences.reasons.get(reader) or why_not(reader, logits)
                 return f"the logits are also read by {reader.name} ({reason})"
     return found
 

@@ -13,7 +13,9 @@ from memopt.emit import same_shape, shape_of, traced
 from memopt.passes.counting import is_arange
 from memopt.passes.heads import Head, loosely, source_of
 from memopt.passes.logits import Logits
+from memopt.passes.steps import name_of
 
+_ENTROPY = "input target weight size_average ignore_index reduce reduction label_smoothing"
 _NOTHING = -(2**62)  # an index that no target has
 
 
@@ -66,6 +68,23 @@ def find_loss(reader: fx.Node, logits: Logits) -> Loss | None:
     return next((loss for rule in _RULES if (loss := rule(reader, logits))), None)
 
 
+def why_not(reader: fx.Node, logits: Logits) -> str:
+    """Why a reader of logits is no loss that can be served, or else what it is."""
+    if reader.target not in (F.cross_entropy, F.nll_loss):
+        return name_of(reader)
+    a = arguments(reader, _ENTROPY)
+    others = [n for n in (a.get("target"), a.get("weight")) if isinstance(n, fx.Node)]
+    if logits.node in others:
+        return "as its targets or weights"
+    if any(traced(n).requires_grad for n in others):
+        return "whose targets or weights have a gradient"
+    if isinstance(a.get("label_smoothing"), fx.Node):
+        return "whose label smoothing changes from call to call"
+    if logits.detached and traced(reader).requires_grad:
+        return "a part of what makes them has no gradient"
+    return name_of(reader)
+
+
 def arguments(node: fx.Node, names: str) -> dict[str, Any]:
     """Positional and keyword arguments by name."""
     return {**dict(zip(names.split(), node.args, strict=False)), **node.kwargs}
@@ -75,10 +94,7 @@ def _cross_entropy(node: fx.Node, logits: Logits) -> Loss | None:
     """Of logits, or of their log-softmax, which has the same."""
     if node.target is not F.cross_entropy:
         return None
-    a = arguments(
-        node,
-        "input target weight size_average ignore_index reduce reduction label_smoothing",
-    )
+    a = arguments(node, _ENTROPY)
     smoothing = a.get("label_smoothing", 0.0)
     return None if isinstance(smoothing, fx.Node) else _entropy(node, logits, a, float(smoothing))
 
@@ -86,8 +102,7 @@ def _cross_entropy(node: fx.Node, logits: Logits) -> Loss | None:
 def _nll(node: fx.Node, logits: Logits) -> Loss | None:
     if node.target not in (F.nll_loss,) or not logits.normalised:
         return None
-    a = arguments(node, "input target weight size_average ignore_index reduce reduction")
-    return _entropy(node, logits, a, 0.0)
+    return _entropy(node, logits, arguments(node, _ENTROPY), 0.0)
 
 
 def _entropy(node: fx.Node, logits: Logits, a: dict[str, Any], smoothing: float) -> Loss | None:

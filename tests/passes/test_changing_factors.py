@@ -81,6 +81,16 @@ def test_a_changing_softcap_is_not_followed_and_a_remark_says_so() -> None:
     assert any("also read by mul" in r.text and r.source for r in missed)
 
 
+def test_a_changing_label_smoothing_is_not_followed_and_a_remark_says_so() -> None:
+    records = run(
+        lambda i, t: F.cross_entropy(
+            flat(F.linear(i.x, i.w)), i.y.view(-1), label_smoothing=t / 10
+        )
+    )
+    texts = [r.text for r in records[-1].remarks if r.kind is RemarkKind.MISSED and r.source]
+    assert any("label smoothing changes from call to call" in text for text in texts)
+
+
 def rounded(dtype: torch.dtype, seed: int) -> tuple[Inputs, Inputs]:
     """The same numbers in low precision and in double."""
     low, exact = Inputs(seed=seed), Inputs(seed=seed)
