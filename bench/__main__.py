@@ -1,4 +1,4 @@
-"""Command line: ``python -m bench list|run|compare|plot``."""
+"""Measure memopt and its peers, compare two measurements, and write the pages of results."""
 
 import argparse
 import sys
@@ -33,17 +33,32 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True)
 
-    command = commands.add_parser("list", help="show cases and peers")
+    command = commands.add_parser(
+        "list", help="show the cases, with the tags of their models, and the peers"
+    )
     command.set_defaults(run=_list)
 
-    command = commands.add_parser("run", help="measure cases")
+    command = commands.add_parser("run", help="measure cases and write a results file")
     command.set_defaults(run=_run)
-    command.add_argument("cases", nargs="*", help="names of cases; default: all of bench size")
-    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    command.add_argument("--repeats", type=int, default=7, help="rounds of timing")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument(
+        "cases", nargs="*", help="names of cases; default: all of sizes bench and long"
+    )
+    command.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s"
+    )
+    command.add_argument(
+        "--repeats", type=int, default=7, help="rounds of timing; default: %(default)s"
+    )
+    command.add_argument(
+        "--seed", type=int, default=0, help="of weights and inputs; default: %(default)s"
+    )
     command.add_argument("--peers", help="comma-separated peers instead of the cases' own")
-    command.add_argument("--out", type=Path, default=Path("bench/results/latest.json"))
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path("bench/results/latest.json"),
+        help="results file, written after every case; default: %(default)s",
+    )
     command.add_argument("--quick", action="store_true", help="tiny cases, few peers, one round")
 
     command.add_argument(
@@ -52,15 +67,24 @@ def _parser() -> argparse.ArgumentParser:
         help="compile with the user's caches; first steps are not reported",
     )
 
-    command = commands.add_parser("compare", help="print ratios of two results files")
+    command = commands.add_parser(
+        "compare", help="print ratios of two results files, after / before"
+    )
     command.set_defaults(run=_compare)
-    command.add_argument("before", type=Path)
-    command.add_argument("after", type=Path)
+    command.add_argument("before", type=Path, help="results file")
+    command.add_argument("after", type=Path, help="results file; rows in both are compared")
 
     command = commands.add_parser("plot", help="make pictures, docs/results.md, README's table")
     command.set_defaults(run=_plot)
-    command.add_argument("files", nargs="+", type=Path)
-    command.add_argument("--root", type=Path, default=Path(), help="folder of docs/ and README")
+    command.add_argument(
+        "files", nargs="+", type=Path, help="results files, in the order of the page"
+    )
+    command.add_argument(
+        "--root",
+        type=Path,
+        default=Path(),
+        help="folder of docs/ and README.md, which are overwritten; default: this one",
+    )
     return parser
 
 
@@ -69,7 +93,9 @@ def _list(_: argparse.Namespace) -> int:
         tags = " ".join(sorted(MODELS[case.model].tags))
         say(f"{case.name:28} {case.size:6} outputs {case.outputs:8} {tags}")
     say(f"{startup.CASE:28} compile time of a 32-layer Llama, cold and warm")
-    say("peers: " + ", ".join(PEERS))
+    say("peers:")
+    for peer in PEERS.values():
+        say(f"{peer.name:30} {peer.description}")
     return 0
 
 

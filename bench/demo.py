@@ -52,8 +52,8 @@ def columns() -> list[Column]:
     return [
         Column("eager", lambda model: model),
         Column("Inductor", torch.compile),
-        Column("memopt, half the peak", _memopt(EXPLAINED_BUDGET)),
-        Column("memopt, least memory", _memopt("min")),
+        Column("memopt, budget 0.5", _memopt(EXPLAINED_BUDGET)),
+        Column("memopt, budget min", _memopt("min")),
     ]
 
 

@@ -16,6 +16,7 @@ class PeakOf:
 
 
 Budget = int | float | str | None | PeakOf
+_COMPILERS = {"eager": "no compilation", "inductor": "`torch.compile`", "memopt": "memopt"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,24 @@ class Peer:
     auto_chunker: bool = False
     library: str | None = None
 
+    @property
+    def description(self) -> str:
+        """What it is, in one line of Markdown."""
+        words = [_COMPILERS[self.compiler]]
+        if self.compiler == "memopt":
+            words.append(_budget_in_words(self.memory_budget))
+        if self.checkpoint:
+            words.append("every block under `torch.utils.checkpoint`")
+        if self.activation_budget is not None:
+            share = f"{self.activation_budget:g}"
+            setting = f"torch._functorch.config.activation_memory_budget = {share}"
+            words.append(f"`{setting}`, a bound on saved bytes")
+        if self.auto_chunker:
+            words.append("Inductor's own chunking of losses on")
+        if self.library is not None:
+            words.append(f"head and loss in one from {LIBRARIES[self.library].distribution}")
+        return ", ".join(words)
+
     def unavailable(self, device: str) -> str | None:
         """Why it cannot run on this kind of device here, or None if it can."""
         return None if self.library is None else LIBRARIES[self.library].unavailable(device)
@@ -47,6 +66,17 @@ class Peer:
     def is_timed_on(self, device: str) -> bool:
         """Whether its times mean anything there."""
         return self.library is None or device not in LIBRARIES[self.library].interpreted_on
+
+
+def _budget_in_words(budget: Budget) -> str:
+    if budget is None:
+        return "no budget"
+    if isinstance(budget, PeakOf):
+        share = "" if budget.share == 1 else f"{budget.share:g} of "
+        return f"a budget of {share}the peak of `{budget.peer}` in the same run"
+    if budget == "min":
+        return 'the lowest peak that it finds (`memory_budget="min"`)'
+    return f"`memory_budget={budget!r}`"
 
 
 PEERS: Mapping[str, Peer] = {

@@ -35,11 +35,8 @@ def write_all(files: Sequence[Path], root: Path) -> list[Path]:
     loaded = [(path.stem, load(path)) for path in files]
     assets = root / "docs" / "assets"
     assets.mkdir(parents=True, exist_ok=True)
-    written, pages = [], ["# Results\n"]
-    pages.append(
-        "Every table comes from one run: the peers take turns, and peaks are exact bytes of one "
-        "whole training step above what was resident when it started, gradients included.\n"
-    )
+    written = []
+    pages = ["# Results\n", tables.introduction([results for _, results in loaded])]
     for stem, results in loaded:
         pictures, page = _section(stem, results, assets)
         written += pictures
@@ -62,7 +59,7 @@ def _section(stem: str, results: dict[str, Any], assets: Path) -> tuple[list[Pat
     for case in dict.fromkeys(key[0] for key in rows):
         row = next(row for key, row in rows.items() if key[0] == case)
         parts.append(f"### {case}\n")
-        parts.append(f"{row['model']}, {row['dtype']}, outputs {row['outputs']}.\n")
+        parts.append(tables.about(row))
         picture = _picture(rows, case, assets / f"{stem}_{case}.png")
         if picture:
             pictures.append(picture)

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bench.compare import Rows, relative, step_rows
+from bench.peers import PEERS
+from bench.zoo import MODELS
 
 MIB = 2**20
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
@@ -12,11 +14,46 @@ README_PEERS = (
     "memopt", "memopt @ half of inductor", "memopt min",
 )  # fmt: skip
 
+_HOW_TO_READ = """\
+- **peak**: exact bytes of one whole training step above what was resident when it started,
+  gradients included. `(over)`: above the budget.
+- **predicted**: the peak that `memopt.explain` gives, with outputs held.
+- **peak / Inductor**, **step / Inductor**: over those of the peer `inductor`; of times, the median
+  of the ratios within a round.
+- **step**, **CPU**: medians, of the wall clock and of the process.
+- **first step**: with empty caches; compilation is the bulk of it.
+- **gradient error**: the largest of an entry, relative to the largest entry of its gradient,
+  against eager, or with dropout against `inductor`.
+- **outputs held**: what the model returned is kept until the backward has ended; **dropped**: all
+  of it but the loss is freed first.
+- **-**: does not apply, or was not measured: no first step with `--reuse-cache`, no gradient error
+  without the peer that it is against.
+"""
+_SEVERAL_GRAPHS = (
+    "The step has several graphs. Without a budget in bytes, what is predicted is the highest "
+    "peak of one graph alone; what is measured has what the others hold as well.\n"
+)
+
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table whose first column is text and whose others are figures."""
     lines = [columns, [":--", *["--:"] * (len(columns) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def introduction(files: Sequence[dict[str, Any]]) -> str:
+    """How to read the page: the columns, and the peers that occur on it."""
+    seen = {row["peer"] for results in files for row in results["rows"]}
+    peers = [f"- `{name}`: {peer.description}." for name, peer in PEERS.items() if name in seen]
+    text = "Every table comes from one run, in which the peers take turns. Columns:\n"
+    return "\n".join([text, _HOW_TO_READ, "Peers:\n", *peers, ""])
+
+
+def about(row: dict[str, Any]) -> str:
+    """What a case is, and what its figures do not say."""
+    text = f"{row['model']}, {row['dtype']}, outputs {row['outputs']}.\n"
+    model = MODELS.get(row["model"])
+    return text + (f"\n{_SEVERAL_GRAPHS}" if model and "graph_break" in model.tags else "")
 
 
 def environment(results: dict[str, Any]) -> str:
@@ -93,7 +130,9 @@ def readme_table(files: Iterable[dict[str, Any]]) -> str:
                 lines[case] = [case, *(_cell(rows, (case, peer)) for peer in README_PEERS)]
     note = (
         "Peak MiB of a whole training step, and step time relative to stock Inductor (median of "
-        "paired rounds).\n\n"
+        "paired rounds). `memopt` has no budget, `memopt min` the lowest peak that it finds, and "
+        "`memopt @ half of inductor` half of Inductor's peak. `infeasible`: no plan is that low. "
+        "`-`: not measured.\n\n"
     )
     return note + markdown(("case", *README_PEERS), list(lines.values()))
 
@@ -112,8 +151,10 @@ def put_between_markers(text: str, table: str) -> str:
 
 
 def _cell(rows: Rows, key: tuple[str, str]) -> str:
-    if key not in rows or rows[key]["peak_bytes"] is None:
+    if key not in rows:
         return "-"
+    if rows[key]["peak_bytes"] is None:
+        return str(rows[key]["status"])
     ratio = _figure(relative(rows, key, "step_seconds"), ".2f")
     return f"{_mib(rows[key]['peak_bytes'])} · {ratio}x"
 

@@ -17,7 +17,7 @@ from memopt.config import Config
 from memopt.device import device_spec
 from memopt.ledger import LEDGER
 from memopt.lowering import lower_eagerly, lower_with_inductor
-from memopt.passes import INFERENCE, JOINT, POST_GRAD, PRE_GRAD
+from memopt.passes import JOINT, POST_GRAD, PRE_GRAD
 from memopt.pipeline import Compiled, PassContext, Pipeline, configure
 from memopt.proofs import Proof, recall, remember
 from memopt.record import GraphRecord
@@ -59,7 +59,7 @@ def read_options(options: Mapping[str, object] | None, *, mode: str | None = Non
     Raises:
         ConfigError: an option is unknown or impossible.
     """
-    passes = (*PRE_GRAD, *JOINT, *POST_GRAD, *INFERENCE)
+    passes = (*PRE_GRAD, *JOINT, *POST_GRAD)
     known = {p.name: tuple(vars(p)) for p in passes}
     config = Config.from_options(options, mode=mode, known_passes=known)
     for pass_ in passes:

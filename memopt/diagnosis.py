@@ -55,11 +55,11 @@ def infeasible_text(split: Splitter, limit: int, floor: int, timeline: Timeline)
         f"{format_bytes(floor)}.\n"
         f"It binds at {step.name}{_at(step.source)}, in the "
         f"{'backward' if step.backward else 'forward'}, where these are alive:{shown}{rest}\n"
-        f"Cheapest next action: {_next_action(holders, floor)}"
+        f"Cheapest next action: {_next_action(holders, floor, bool(split.outcomes))}"
     )
 
 
-def _next_action(ordered: Sequence[LiveRange], floor: int) -> str:
+def _next_action(ordered: Sequence[LiveRange], floor: int, training: bool) -> str:
     raise_it = f"raise memory_budget to {format_bytes(floor + floor // 100)}"
     if not ordered:
         return raise_it
@@ -70,7 +70,7 @@ def _next_action(ordered: Sequence[LiveRange], floor: int) -> str:
     advice = {
         "output": f"do not return {largest.name}, or drop it before the backward",
         "gradient": "freeze parameters, or accumulate their gradients in a smaller dtype",
-    }.get(largest.role, "split the batch in two and accumulate gradients")
+    }.get(largest.role, "split the batch in two" + " and accumulate gradients" * training)
     return f"{raise_it}, or {advice}."
 
 
@@ -107,6 +107,7 @@ def make_record(split: Splitter, proof: Proof) -> GraphRecord:
     shared = {
         "id": "graph",
         "lowering": split.config.lowering,
+        "budget": str(split.config.memory_budget),
         "certified": emitted is not None or split.config.lowering == "eager",
         "held_bytes": split.held_bytes,
         "rewrites": dict(ctx.rewrites),
@@ -125,6 +126,7 @@ def make_record(split: Splitter, proof: Proof) -> GraphRecord:
             forward_seconds=0.0,
             planning_seconds=0.0,
             solver="none",
+            plan=None,
             decisions=(),
             timelines=(emitted.timeline,) if emitted else (),
         )
@@ -143,6 +145,7 @@ def make_record(split: Splitter, proof: Proof) -> GraphRecord:
         forward_seconds=outcome.problem.forward_seconds,
         planning_seconds=outcome.seconds,
         solver=chosen.origin,
+        plan=outcome.plan,
         decisions=outcome.decisions(),
         timelines=(
             search.everything_kept.liveness.timeline("everything kept"),

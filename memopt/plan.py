@@ -56,7 +56,8 @@ class Plan:
         try:
             body = json.loads(text)
         except json.JSONDecodeError as error:
-            raise PlanError(f"not a plan: not JSON ({error}); save one with explain()") from error
+            where = "explain(...).graphs[0].plan.to_json() makes one"
+            raise PlanError(f"not a plan: not JSON ({error}); {where}") from error
         if not isinstance(body, Mapping) or body.get("schema") != SCHEMA:
             seen = body.get("schema") if isinstance(body, Mapping) else type(body).__name__
             raise PlanError(f"plan schema is {seen!r}, this version reads {SCHEMA}: plan again")

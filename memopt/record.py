@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from memopt.plan import Plan
 from memopt.remarks import Remark
 from memopt.timeline import Timeline
 
@@ -38,6 +39,7 @@ class GraphRecord:
         baseline_peak_bytes: modelled peak with every value the backward needs kept.
         predicted_peak_bytes: peak of the final schedule, certified where ``certified`` is true.
         certified: whether the peak was read from the code that will run.
+        budget: what was asked for, as it was written: ``"none"``, ``"min"``, ``"0.5"``, a size.
         budget_bytes: the bound this graph was planned under, or None.
         held_bytes: bytes that earlier graphs of the same step hold while this one runs.
         saved_bytes: bytes that cross from forward to backward, parameters and inputs excluded.
@@ -45,6 +47,7 @@ class GraphRecord:
         forward_seconds: modelled time of the forward half, per step.
         planning_seconds: wall-clock time of planning.
         solver: which search found the plan.
+        plan: what was decided, to keep as ``plan.to_json()`` and replay; None in inference.
         decisions: one row per storage that the backward needs.
         rewrites: number of rewrites by pass name.
         remarks: everything the passes and the planner said.
@@ -58,6 +61,7 @@ class GraphRecord:
     baseline_peak_bytes: int
     predicted_peak_bytes: int
     certified: bool
+    budget: str
     budget_bytes: int | None
     held_bytes: int
     saved_bytes: int
@@ -65,6 +69,7 @@ class GraphRecord:
     forward_seconds: float
     planning_seconds: float
     solver: str
+    plan: Plan | None
     decisions: tuple[DecisionRow, ...]
     rewrites: dict[str, int]
     remarks: tuple[Remark, ...]

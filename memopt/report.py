@@ -46,7 +46,7 @@ class Report:
 
     @property
     def predicted_peak_bytes(self) -> int:
-        """The step's peak: the highest of any graph, with what earlier graphs hold meanwhile."""
+        """The highest peak of any graph; with a budget in bytes, above what earlier ones hold."""
         return max((g.predicted_peak_bytes + g.held_bytes for g in self.graphs), default=0)
 
     def to_dict(self) -> dict[str, Any]:
@@ -135,6 +135,7 @@ def _graph_dict(graph: GraphRecord) -> dict[str, Any]:
         "baseline_peak_bytes": graph.baseline_peak_bytes,
         "predicted_peak_bytes": graph.predicted_peak_bytes,
         "certified": graph.certified,
+        "budget": graph.budget,
         "budget_bytes": graph.budget_bytes,
         "held_bytes": graph.held_bytes,
         "saved_bytes": graph.saved_bytes,
@@ -193,7 +194,7 @@ def _figures(graph: GraphRecord) -> Iterator[tuple[str, str]]:
     change = f"{(after - before) / before:+.1%}" if before else "no change"
     basis = "read from the final schedule" if graph.certified else "modelled"
     yield "peak", f"{format_bytes(before)} → {format_bytes(after)} ({change}; {basis})"
-    yield "budget", _budget_text(graph.budget_bytes, after)
+    yield "budget", _budget_text(graph)
     if graph.held_bytes:
         yield "held", f"{format_bytes(graph.held_bytes)} by earlier graphs of the step"
     if graph.training:
@@ -215,9 +216,11 @@ def _figures(graph: GraphRecord) -> Iterator[tuple[str, str]]:
     yield "planning", f"{format_seconds(graph.planning_seconds)}, {graph.solver}"
 
 
-def _budget_text(budget: int | None, peak: int) -> str:
+def _budget_text(graph: GraphRecord) -> str:
+    budget, peak = graph.budget_bytes, graph.predicted_peak_bytes
     if budget is None:
-        return "none"
+        bounds = graph.training or graph.budget == "none"
+        return graph.budget if bounds else f"{graph.budget}: nothing to plan in inference"
     if peak <= budget:
         return f"{format_bytes(budget)} (met, {format_bytes(budget - peak)} to spare)"
     return f"{format_bytes(budget)} (exceeded by {format_bytes(peak - budget)})"

@@ -18,4 +18,3 @@ from memopt.pipeline import Pass
 PRE_GRAD: tuple[Pass, ...] = (ChunkLosses(), WeighRows())
 JOINT: tuple[Pass, ...] = (CloneMutatedInputs(), EmbeddingGradients(), MarkHiddenStates())
 POST_GRAD: tuple[Pass, ...] = (UnshareReaders(), EarlyProducts(), OverwriteHiddenStates())
-INFERENCE: tuple[Pass, ...] = ()

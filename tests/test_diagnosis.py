@@ -125,3 +125,12 @@ def test_an_absolute_budget_counts_what_earlier_graphs_of_the_step_hold() -> Non
     output_bytes = 64 * 64 * 4
     assert first["budget_bytes"] == 2**20
     assert held == first["saved_bytes"] + output_bytes
+
+
+def test_inference_is_not_told_to_accumulate_gradients() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+    options = {"memory_budget": 2048}
+    with torch.no_grad(), pytest.raises(BudgetInfeasibleError) as caught:
+        memopt.explain(model, torch.randn(64, 64), options=options)
+    assert "lowest peak" in str(caught.value)
+    assert "gradients" not in str(caught.value)

@@ -13,10 +13,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS: tuple[str, ...] = (
     "errors remarks timeline units _torch",
-    "_versions budget device record graph plan ledger fusion emit lazy_rows storage_meter",
-    "config joint page kernels lazy_rules",
-    "schedule report mincut workspace lives lazy_logits losses",
-    "liveness pipeline cost replay",
+    "_versions budget device graph plan ledger fusion emit lazy_rows storage_meter",
+    "config joint record kernels lazy_rules",
+    "schedule page mincut workspace lives lazy_logits losses",
+    "report liveness pipeline cost replay",
     "returned",
     "passes problem",
     "regions chunking",

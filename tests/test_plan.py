@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import memopt
 from memopt.errors import PlanError
 from memopt.plan import Plan, fingerprint
 from tests.graphs import lowered
@@ -105,6 +106,16 @@ def test_replaying_a_plan_gives_its_saved_set_and_its_peak(tmp_path: Path) -> No
     replayed(square())
     assert replayed.outcome.plan.saved == plan.saved
     assert replayed.outcome.plan.peak_bytes == plan.peak_bytes
+
+
+def test_the_plan_in_a_report_is_the_one_that_is_replayed(tmp_path: Path) -> None:
+    options = {"lowering": "eager", "memory_budget": "min"}
+    (graph,) = memopt.explain(function, square(), options=options).graphs
+    assert graph.plan is not None
+    (tmp_path / "plan.json").write_text(graph.plan.to_json())
+    replayed = lowered(function, plan=str(tmp_path / "plan.json"))
+    replayed(square())
+    assert replayed.outcome.plan.saved == graph.plan.saved
 
 
 def test_a_plan_for_another_graph_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from tests.factories import make_inference_record, make_record
 
 GRAPH_KEYS = {
     "id", "training", "lowering", "baseline_peak_bytes", "predicted_peak_bytes", "certified",
-    "budget_bytes", "held_bytes", "saved_bytes", "recompute_seconds", "forward_seconds",
+    "budget", "budget_bytes", "held_bytes", "saved_bytes", "recompute_seconds", "forward_seconds",
     "planning_seconds", "solver", "decisions", "rewrites", "remarks",
 }  # fmt: skip
 
@@ -88,6 +89,13 @@ def test_remarks_that_differ_in_the_node_only_are_one_row(report: Report) -> Non
 def test_exceeded_budget_says_by_how_much() -> None:
     text = str(Report((make_record(predicted_peak_bytes=3 << 20, budget_bytes=2 << 20),)))
     assert "2.00 MiB (exceeded by 1.00 MiB)" in text
+
+
+def test_a_budget_without_bytes_is_told_by_its_name() -> None:
+    lowest = make_record(budget="min", budget_bytes=None)
+    fraction = make_inference_record(budget="0.5")
+    assert re.search(r"budget +min\n", str(Report((lowest,))))
+    assert "0.5: nothing to plan in inference" in str(Report((fraction,)))
 
 
 def test_many_decisions_and_remarks_say_how_many_are_left_out() -> None:

@@ -141,6 +141,11 @@ def test_plot_writes_pictures_page_and_readme_table(results: Write, tmp_path: Pa
     assert "| memopt @ half of inductor | 85.0 | 90.0 | 90.0 (over) |" in page
     assert "| memopt @ inductor+checkpoint | 85.0 | 80.0 | 80.0 |" in page
     assert "failed: a \\| b c" in page
+    assert (
+        "- `memopt @ half of inductor`: memopt, a budget of 0.5 of the peak of `inductor`" in page
+    )
+    assert "inductor auto-chunker" not in page
+    assert "several graphs" not in page
     assert "| inductor | 60.0 | 6.0 |" in page
     text = readme.read_text()
     assert text.startswith("before\n")
@@ -149,6 +154,26 @@ def test_plot_writes_pictures_page_and_readme_table(results: Write, tmp_path: Pa
     assert "| lm8 |" in text
     plot.write_all([results("run.json")], tmp_path)
     assert readme.read_text() == text
+
+
+def test_readme_tells_infeasible_from_not_measured(results: Write) -> None:
+    loaded = load(results("run.json"))
+    loaded["rows"] = [row for row in loaded["rows"] if row["peer"] != "eager"]
+    low = next(row for row in loaded["rows"] if row["peer"] == "memopt @ half of inductor")
+    low |= {"status": "infeasible", "peak_bytes": None}
+    line = next(li for li in tables.readme_table([loaded]).splitlines() if li.startswith("| lm8"))
+    cells = line.split(" | ")
+    assert cells[1] == "-"
+    assert "infeasible" in cells
+
+
+def test_a_case_of_several_graphs_says_what_is_predicted() -> None:
+    row = Row(case=CASES["control_flow"], peer="memopt", device="cpu").to_dict()
+    assert "one graph alone" in tables.about(row)
+
+
+def test_every_peer_has_a_description_of_its_own() -> None:
+    assert len({peer.description for peer in PEERS.values()}) == len(PEERS)
 
 
 def test_markers_are_required() -> None:
