@@ -27,7 +27,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
-def test_the_operators_are_as_near_to_float64_as_chunks_are(served: None, dtype: torch.dtype) -> None:
+def test_the_operators_are_as_near_to_float64_as_chunks_are(
+    served: None, dtype: torch.dtype
+) -> None:
 
     def results(case: Case, chunk_rows: int) -> list[Tensor]:
         a = arguments(case, chunk_rows=chunk_rows)

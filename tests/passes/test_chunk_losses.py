@@ -13,7 +13,7 @@ from memopt.backend import compile_graph, read_options
 from memopt.passes import PRE_GRAD
 from memopt.pipeline import PassContext, Pipeline
 from tests import references
-from tests.passes.compiling import assert_close, options, rewritten, run_compiled
+from tests.passes.compiling import argument, assert_close, options, rewritten, run_compiled
 from tests.passes.one_head import (
     BATCH,
     CLASSES,
@@ -81,7 +81,7 @@ def test_without_gradients_the_operator_is_asked_for_none() -> None:
         Pipeline("pre_grad", PRE_GRAD).run(gm, PassContext(read_options(options())))
         for node in gm.graph.nodes:
             if "linear_cross_entropy" in str(node.target):
-                asked.append(list(node.args[10]))
+                asked.append(list(argument(node, "wanted")))
         return gm.forward
 
     compiled = torch.compile(FORMS["flattened"], backend=backend)
