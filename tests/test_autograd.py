@@ -11,6 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.graphs import assert_same, lowered, seeded, square
+from tests.references import assert_within_reference_error
+from tests.training import gradients
 
 Tensor = torch.Tensor
 LOWEST: dict[str, Any] = {"lowering": "eager", "memory_budget": "min"}
@@ -157,21 +159,17 @@ def test_autocast_to_bfloat16_is_as_far_from_float64_as_eager_is(
     x = square(requires_grad=False)
     exact(x).square().sum().backward()
 
-    def run(module: nn.Module, function: Callable[[Tensor], Tensor]) -> list[float]:
+    def run(module: nn.Module, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
             result = function(x.float())
         assert result.dtype is torch.bfloat16
         torch.autograd.backward(result.float().square().sum())
-        return [
-            (p.grad.double() - e.grad).norm().item()
-            for p, e in zip(module.parameters(), exact.parameters(), strict=True)
-            if p.grad is not None and e.grad is not None
-        ]
+        return list(gradients(module).values())
 
-    errors = run(model, lowered(model, memory_budget=budget))
-    reference = run(plain, plain)
-    assert len(errors) == len(reference) == len(list(exact.parameters()))
-    assert all(e <= 1.01 * r + 1e-12 for e, r in zip(errors, reference, strict=True))
+    actual = run(model, lowered(model, memory_budget=budget))
+    truth = gradients(exact)
+    assert len(truth) == len(list(exact.parameters()))
+    assert_within_reference_error(actual, list(truth.values()), run(plain, plain))
 
 
 def test_one_compilation_serves_two_lengths() -> None:

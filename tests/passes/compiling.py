@@ -1,7 +1,7 @@
 """Compiles a function with the pass for losses: its graph, its result and what is said of it."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -10,6 +10,18 @@ from memopt.backend import compile_graph, read_options
 from memopt.passes import PRE_GRAD
 from memopt.pipeline import PassContext, Pipeline
 from memopt.record import GraphRecord
+
+Inputs = TypeVar("Inputs")
+
+
+def converted(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """The same numbers in another dtype: new leaves, trained where the given ones are."""
+    kind: Any = type(inputs)
+    other: Inputs = kind(dtype)
+    for name, value in vars(inputs).items():
+        own = value.detach().to(dtype) if value.is_floating_point() else value
+        setattr(other, name, own.requires_grad_(value.requires_grad))
+    return other
 
 
 def options(**chunk: Any) -> dict[str, Any]:
@@ -51,6 +63,22 @@ def rewritten(function: Callable[..., Any], *args: Any, **chunk: Any) -> fx.Grap
     torch.compile(function, backend=backend, dynamic=False)(*args)
     (graph,) = graphs
     return graph
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """What an operator of memopt is given by that name, in whatever position."""
+    target: Any = node.target
+    overload = target if isinstance(target, torch._ops.OpOverload) else target.default
+    names = [own.name for own in overload._schema.arguments]
+    return node.kwargs[name] if name in node.kwargs else node.args[names.index(name)]
+
+
+def assert_declined(record: GraphRecord, reason: str, pass_name: str = "chunk_losses") -> None:
+    """The pass rewrote nothing, and its remarks give the reason and where the code stands."""
+    assert record.rewrites[pass_name] == 0
+    said = [r for r in record.remarks if r.pass_name == pass_name]
+    assert any(reason in r.text for r in said), said
+    assert all(r.source for r in said)
 
 
 def assert_close(actual: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> None:

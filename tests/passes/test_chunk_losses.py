@@ -1,6 +1,6 @@
 """The chunked-loss pass: every spelling, with eager's loss and gradients, and no logits whole."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from memopt.backend import compile_graph, read_options
 from memopt.passes import PRE_GRAD
 from memopt.pipeline import PassContext, Pipeline
 from tests import references
-from tests.passes.compiling import assert_close, options, rewritten, run_compiled
+from tests.passes.compiling import argument, assert_close, options, rewritten, run_compiled
 from tests.passes.one_head import (
     BATCH,
     CLASSES,
@@ -81,7 +81,7 @@ def test_without_gradients_the_operator_is_asked_for_none() -> None:
         Pipeline("pre_grad", PRE_GRAD).run(gm, PassContext(read_options(options())))
         for node in gm.graph.nodes:
             if "linear_cross_entropy" in str(node.target):
-                asked.append(list(node.args[10]))
+                asked.append(list(argument(node, "wanted")))
         return gm.forward
 
     compiled = torch.compile(FORMS["flattened"], backend=backend)
@@ -128,23 +128,63 @@ def test_lengths_change_without_a_recompilation() -> None:
     assert len(frames) == 1
 
 
-def test_autocast_computes_in_its_dtype() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(64, 32, requires_grad=True)
-    w = torch.randn(CLASSES, 32, requires_grad=True)
-    y = torch.randint(0, CLASSES, (64,))
+def assert_as_near_to_float64(
+    function: Callable[[Tensor, Tensor], Tensor],
+    exact: Callable[[Tensor, Tensor], Tensor],
+    **chunk: Any,
+) -> list[Tensor]:
+    """Compiled, the loss and gradients are as near as eager's over several draws.
+
+    Args:
+        function: of hidden states and a head, in low precision.
+        exact: the same without any rounding, where its inputs are float64.
+        chunk: options of the pass.
+
+    Returns:
+        The compiled results of the last draw.
+    """
+    results: list[Tensor] = []
+
+    def compiled(x: Tensor, w: Tensor) -> Tensor:
+        value, (record,) = run_compiled(function, x, w, **chunk)
+        assert record.rewrites["chunk_losses"] == 1
+        assert isinstance(value, Tensor)
+        return value
+
+    def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        inputs = [torch.randn(TOKENS, HIDDEN), torch.randn(CLASSES, HIDDEN)]
+        truth = references.run(exact, references.doubles(inputs))
+        results[:] = references.run(compiled, inputs)
+        return list(results), truth, references.run(function, inputs)
+
+    references.assert_draws_within_reference_error(draw)
+    return results
+
+
+@pytest.mark.parametrize(
+    "chunk_rows",
+    [
+        TOKENS,
+        pytest.param(
+            5,
+            marks=pytest.mark.xfail(
+                strict=True, reason="the head's gradient is rounded to bfloat16 once a chunk"
+            ),
+        ),
+    ],
+)
+def test_autocast_computes_in_its_dtype(chunk_rows: int) -> None:
+    y = torch.randint(0, CLASSES, (TOKENS,))
+
+    def exact(x: Tensor, w: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, w), y)
 
     def function(x: Tensor, w: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             return F.cross_entropy(F.linear(x, w).float(), y)
 
-    expected = torch.autograd.grad(function(x, w), (x, w))
-    actual, (record,) = run_compiled(function, x, w)
-    assert record.rewrites["chunk_losses"] == 1
-    exact = torch.autograd.grad(F.cross_entropy(x.double() @ w.double().T, y), (x, w))
-    for a, e, truth in zip(torch.autograd.grad(actual, (x, w)), expected, exact, strict=True):
-        assert a.dtype == torch.float32
-        assert (a - truth).abs().max() <= 1.5 * (e - truth).abs().max()
+    results = assert_as_near_to_float64(function, exact, chunk_rows=chunk_rows)
+    assert all(t.dtype == torch.float32 for t in results)
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
@@ -161,18 +201,7 @@ def test_logits_rounded_before_the_loss_are_as_near_to_float64_as_eagers(
     def exact(x: Tensor, w: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x, w), y)
 
-    def compiled(x: Tensor, w: Tensor) -> Tensor:
-        value, (record,) = run_compiled(rounded, x, w)
-        assert record.rewrites["chunk_losses"] == 1
-        assert isinstance(value, Tensor)
-        return value
-
-    def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        inputs = [torch.randn(TOKENS, HIDDEN), torch.randn(CLASSES, HIDDEN)]
-        truth = references.run(exact, references.doubles(inputs))
-        return references.run(compiled, inputs), truth, references.run(rounded, inputs)
-
-    references.assert_draws_within_reference_error(draw)
+    assert_as_near_to_float64(rounded, exact)
 
 
 def test_a_head_may_read_what_takes_the_place_of_another_ones_loss() -> None:

@@ -11,9 +11,8 @@ from torch import Tensor, fx
 from bench.meter import Meter
 from memopt.backend import compile_graph, read_options
 from memopt.kernels import linear_cross_entropy, weighted_rows
-from memopt.passes import PRE_GRAD
-from memopt.pipeline import PassContext, Pipeline
 from memopt.record import GraphRecord
+from tests.passes.compiling import assert_declined, compiled, converted, options, rewritten
 from tests.references import assert_draws_within_reference_error
 
 BATCH, LENGTH, CLASSES = 4, 6, 307
@@ -36,14 +35,6 @@ class Inputs:
         self.trained = torch.tensor(1.3, dtype=dtype)
         for tensor in (self.x, self.w, self.b, self.trained):
             tensor.requires_grad_()
-
-    def converted(self, dtype: torch.dtype) -> "Inputs":
-        other = Inputs(dtype)
-        for name, value in vars(self).items():
-            floating = value.is_floating_point()
-            value = value.detach().to(dtype) if floating else value
-            setattr(other, name, value.requires_grad_(getattr(self, name).requires_grad))
-        return other
 
     def logits(self) -> Tensor:
         return F.linear(self.x, self.w, self.b)
@@ -157,10 +148,6 @@ def picks_rows() -> Any:
         yield
 
 
-def options(**chunk: Any) -> dict[str, Any]:
-    return {"lowering": "eager", "strict": True, "passes": {"chunk_losses": chunk or True}}
-
-
 def run(function: Function, inputs: Inputs, upstream: float = 1.0) -> list[Tensor]:
     """All results, and the gradients of what has one."""
     leaves = [inputs.x, inputs.w, inputs.b, inputs.trained]
@@ -173,29 +160,9 @@ def run(function: Function, inputs: Inputs, upstream: float = 1.0) -> list[Tenso
     return [*(r.detach() for r in results), *gradients]
 
 
-def compiled(function: Function, **chunk: Any) -> tuple[Function, list[GraphRecord]]:
-    torch._dynamo.reset()
-    config, records = read_options(options(**chunk)), list[GraphRecord]()
-
-    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        return compile_graph(gm, inputs, config, records.append)
-
-    return torch.compile(function, backend=backend, dynamic=False), records
-
-
 def operators(function: Function, inputs: Inputs) -> list[str]:
     """The operators of the one graph of a function after the passes."""
-    graphs: list[fx.Graph] = []
-
-    def backend(gm: fx.GraphModule, _: Any) -> Any:
-        Pipeline("pre_grad", PRE_GRAD).run(gm, PassContext(read_options(options())))
-        graphs.append(gm.graph)
-        return gm.forward
-
-    torch._dynamo.reset()
-    torch.compile(function, backend=backend, dynamic=False)(inputs)
-    (graph,) = graphs
-    names = [str(node.target) for node in graph.nodes]
+    names = [str(node.target) for node in rewritten(function, inputs).nodes]
     return sorted(name.removeprefix("memopt.") for name in names if name.startswith("memopt."))
 
 
@@ -265,9 +232,7 @@ def test_where_weights_are_not_known_the_rows_stay_and_a_remark_says_why(form: s
     actual = run(function, inputs)
     (record,) = records
     assert record.rewrites["chunk_losses"] >= 1
-    assert record.rewrites["weigh_rows"] == 0
-    said = [r for r in record.remarks if r.pass_name == "weigh_rows"]
-    assert any(reason in r.text and r.source for r in said), said
+    assert_declined(record, reason, "weigh_rows")
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
 
@@ -287,7 +252,7 @@ def test_low_precision_is_as_near_to_float64_as_eager_is(form: str, dtype: torch
 
     def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         inputs = Inputs(dtype)
-        exact = run(plain, inputs.converted(torch.float64))
+        exact = run(plain, converted(inputs, torch.float64))
         return run(function, inputs), exact, run(plain, inputs)
 
     assert_draws_within_reference_error(draw, 20)
@@ -330,13 +295,14 @@ def test_weights_far_from_one_lose_nothing_in_float16() -> None:
         return (ce(i).float() * i.weights.view(-1).float() * 1e-9).sum()
 
     inputs = Inputs(torch.float16)
-    exact = run(plain, inputs.converted(torch.float64), 1e9)
+    exact = run(plain, converted(inputs, torch.float64), 1e9)
     function, _ = compiled(plain, chunk_rows=5)
     for a, e in zip(run(function, inputs, 1e9), exact, strict=True):
         torch.testing.assert_close(a.double(), e.double(), rtol=2e-2, atol=2e-2)
 
 
-def test_lengths_change_without_a_recompilation() -> None:
+@pytest.mark.parametrize(("form", "weighed"), [("two scalars", 0), ("means", 1), ("picked", 1)])
+def test_lengths_change_without_a_recompilation(form: str, weighed: int) -> None:
     frames: list[GraphRecord] = []
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
@@ -345,7 +311,11 @@ def test_lengths_change_without_a_recompilation() -> None:
     def function(x: Tensor, y: Tensor, mask: Tensor, i: Inputs) -> Tensor:
         z = F.linear(x, i.w)
         losses = F.cross_entropy(z.view(-1, CLASSES), y.view(-1), reduction="none").view_as(y)
+        if form == "picked":
+            return losses[mask > 0].mean()
         per_sequence = (losses[:, 1:] * mask[:, 1:]).mean(1)
+        if form == "means":
+            return per_sequence.sum()
         return per_sequence.mean() + (losses * mask).sum() / mask.sum()
 
     i = Inputs()
@@ -361,37 +331,7 @@ def test_lengths_change_without_a_recompilation() -> None:
         for a, e in zip(*results, strict=True):
             torch.testing.assert_close(a, e)
     (record,) = frames
-    assert record.rewrites["weigh_rows"] == 0, "two scalars, one sum"
-
-
-@pytest.mark.parametrize("form", ["means", "picked"])
-def test_lengths_change_where_weights_are_known(form: str) -> None:
-    frames: list[GraphRecord] = []
-
-    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        return compile_graph(gm, inputs, read_options(options()), frames.append)
-
-    def function(x: Tensor, y: Tensor, mask: Tensor, i: Inputs) -> Tensor:
-        z = F.linear(x, i.w)
-        losses = F.cross_entropy(z.view(-1, CLASSES), y.view(-1), reduction="none").view_as(y)
-        if form == "picked":
-            return losses[mask > 0].mean()
-        return (losses[:, 1:] * mask[:, 1:]).mean(1).sum()
-
-    i = Inputs()
-    torch._dynamo.reset()
-    compiled = torch.compile(function, backend=backend, dynamic=True)
-    for length in (5, 3, 4):
-        x, y, mask = (v[:, :length].contiguous().detach() for v in (i.x, i.y, i.mask))
-        results = []
-        for run in (compiled, function):
-            own = x.clone().requires_grad_()
-            loss = run(own, y, mask, i)
-            results.append((loss, *torch.autograd.grad(loss, (own, i.w))))
-        for a, e in zip(*results, strict=True):
-            torch.testing.assert_close(a, e)
-    (record,) = frames
-    assert record.rewrites["weigh_rows"] == 1, record.remarks
+    assert record.rewrites["weigh_rows"] == weighed, record.remarks
 
 
 def test_inductor_runs_what_the_pass_wrote() -> None:

@@ -37,15 +37,6 @@ class Inputs:
     def trained(self) -> list[Tensor]:
         return [self.x, self.w, self.b]
 
-    def converted(self, dtype: torch.dtype) -> "Inputs":
-        """The same numbers in another dtype."""
-        other = Inputs(dtype)
-        for name, value in vars(self).items():
-            floating = value.is_floating_point()
-            value = value.detach().to(dtype) if floating else value
-            setattr(other, name, value.requires_grad_(getattr(self, name).requires_grad))
-        return other
-
     def student(self) -> Tensor:
         return F.linear(self.x, self.w)
 
