@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memopt.errors import ConfigError
-from memopt.kernels.head import default_chunk_rows
+from memopt.kernels.blocks import default_chunk_rows
 
 Head = tuple[Tensor, Tensor, Tensor | None]
 

@@ -25,8 +25,8 @@ from torch import fx
 from memopt._torch import size_hint
 from memopt.emit import constant, emit, same_shape, shape_of, traced
 from memopt.graph import source_line
+from memopt.kernels.blocks import default_chunk_rows
 from memopt.kernels.contrastive import CONTRASTIVE
-from memopt.kernels.head import default_chunk_rows
 from memopt.passes.heads import Head, loosely, overwriter, stops_gradient, unsafe
 from memopt.passes.returned_similarities import refusal, replace_returned, scale_tensor
 from memopt.passes.similarities import Direction, Pair, find_pairs, find_sigmoids

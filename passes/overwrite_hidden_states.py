@@ -25,7 +25,8 @@ from torch import fx
 
 from memopt._torch import OpOverload, pytree, size_expr
 from memopt.graph import OVERWRITES, aten, is_view, overwrites, packet_name, prims
-from memopt.kernels.linear_cross_entropy import IN_PLACE, REDUCED, Arguments, fits_in_place
+from memopt.kernels.in_place_gradient import IN_PLACE, fits_in_place
+from memopt.kernels.linear_cross_entropy import REDUCED, Arguments
 from memopt.pipeline import PassContext
 from memopt.remarks import RemarkKind
 

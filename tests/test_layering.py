@@ -22,6 +22,7 @@ LAYERS: tuple[str, ...] = (
     "regions chunking",
     "solve",
     "planner partition certify",
+    "outcome",
     "splitting",
     "proofs",
     "lowering diagnosis",

@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 
 from memopt._torch import FakeTensorMode
 from memopt.errors import ConfigError
+from memopt.kernels import cross_entropy_rows, cut_launches, linear_cross_entropy
 from memopt.kernels import cut_cross_entropy as cut
-from memopt.kernels import cut_launches, linear_cross_entropy
 from tests.idle_kernels import IdleKernels
 from tests.kernels.cut_cases import FULL, Case, arguments
 from tests.references import LOW_PRECISION
@@ -36,8 +36,8 @@ def test_the_operators_give_what_chunks_give(served: None, dtype: torch.dtype) -
         a = arguments(case, chunk_rows=chunk_rows)
         return [
             *linear_cross_entropy.REDUCED(*a, True),
-            *linear_cross_entropy.ROWS(*a),
-            *linear_cross_entropy.ROWS_BACKWARD(*a, g, h),
+            *cross_entropy_rows.ROWS(*a),
+            *cross_entropy_rows.ROWS_BACKWARD(*a, g, h),
         ]
 
     for mine, plain in zip(results(0), results(16), strict=True):
@@ -66,8 +66,8 @@ def test_what_it_allocates_is_what_the_formula_says(
     for operator, args in (
         (linear_cross_entropy.REDUCED, (*a, True)),
         (linear_cross_entropy.REDUCED, (*frozen, True)),
-        (linear_cross_entropy.ROWS, a),
-        (linear_cross_entropy.ROWS_BACKWARD, (*a, g, g)),
+        (cross_entropy_rows.ROWS, a),
+        (cross_entropy_rows.ROWS_BACKWARD, (*a, g, g)),
     ):
         measured = scratch_of(partial(operator, *args))
         assert abs(linear_cross_entropy.scratch_bytes(*args) - measured) <= 16  # single numbers
