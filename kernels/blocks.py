@@ -1,4 +1,4 @@
-"""Rows that are worked on at a time: chunks, whose logits exist, and blocks, which stay in cache."""
+"""Rows that are worked on at a time: chunks, whose logits exist, and blocks that stay in cache."""
 
 from collections.abc import Iterator
 
