@@ -141,9 +141,10 @@ class Gradients:
         if self.weight_VH is not None:
             if self.weight_VH.dtype != gradient_CV.dtype:
                 classes, hidden = self.weight_VH.shape
+                if self.empty:
+                    self.weight_VH.zero_()
                 for part in pieces(classes, block_rows(hidden, 4)):
-                    own = torch.mm(gradient_CV[:, part].t(), x_CH)
-                    self.weight_VH[part] = own if self.empty else self.weight_VH[part].add_(own)
+                    _add_exactly_(self.weight_VH[part], gradient_CV[:, part].t(), x_CH)
             elif self.empty:
                 torch.mm(gradient_CV.t(), x_CH, out=self.weight_VH)
             else:
@@ -171,3 +172,19 @@ class Gradients:
             for g in (self.x_NH, self.weight_VH, self.bias_V)
         )
         return x, weight, bias
+
+
+def _add_exactly_(sum_RH: Tensor, left_RC: Tensor, right_CH: Tensor) -> None:
+    """Add a product of float16 or bfloat16 to a float32 sum, where bfloat16 rounds no product.
+
+    Elsewhere than in CUDA such a product has its factors' dtype. What bfloat16 has rounded away is
+    a product too: the same less the rounded one, since both are added up in float32. Float16 has
+    eight times the precision, and eager's gradients in it are further off than such sums are.
+    """
+    if left_RC.device.type == "cuda" and torch.version.hip is None:
+        sum_RH.add_(torch.mm(left_RC, right_CH, out_dtype=torch.float32))
+        return
+    product = torch.mm(left_RC, right_CH)
+    sum_RH.add_(product)
+    if product.dtype == torch.bfloat16:
+        sum_RH.add_(product.addmm_(left_RC, right_CH, beta=-1))
