@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS: tuple[str, ...] = (
     "errors remarks timeline units _torch",
+    "lazy_stamps",
     "_versions budget device record graph plan ledger fusion emit lazy_rows storage_meter",
     "config joint page kernels lazy_rules",
     "schedule report mincut workspace lives lazy_logits losses",
