@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from memopt.kernels.blocks import block_rows, pieces
-from memopt.kernels.head import Gradients, Head
+from memopt.kernels.head import MAX_ROUNDINGS, Gradients, Head
 from memopt.kernels.rows import CrossEntropy, IndexTargets, RowLoss, log_sum_exp
 
 # Numbers per row of a chunk that a row loss holds at most: values, normalisers, targets, factors.
@@ -81,12 +81,12 @@ def scratch_bytes(
     rows: int,
     width: int,
     classes: int,
-    itemsize: int,
+    dtype: torch.dtype,
     chunk_rows: int,
     *,
     blocks: int,
     held: int,
-    exact: bool,
+    wanted: Sequence[bool],
 ) -> int:
     """What ``run_chunks`` allocates at most at a time, its results left out.
 
@@ -94,21 +94,28 @@ def scratch_bytes(
         rows: ``N``.
         width: ``H``.
         classes: ``V``.
-        itemsize: bytes of one element of the model's dtype.
+        dtype: of the hidden states and the weight.
         chunk_rows: rows of a chunk.
         blocks: tensors of the size of a block that a row loss and the head hold at a time.
         held: how many of them are there during the products too.
-        exact: whether the weight gradient is added up in float32, and not the result itself.
+        wanted: whether the gradients of the hidden states, the weight and the bias are; none
+            where there is no upstream gradient.
     """
+    of_x, of_weight, _ = wanted
+    half, itemsize = dtype == torch.float16, dtype.itemsize
     size, wide = min(chunk_rows, rows), max(4, itemsize)
     block = min(size, block_rows(classes, wide)) * classes * wide
     chunk = size * ((classes + width) * itemsize + _VECTORS * wide)
-    loop = blocks * block
-    if exact:  # a part of the product, converted; and the result is not there before the end
-        part = min(classes, block_rows(width, 4)) * width
-        loop = max(loop, held * block + part * (itemsize + 4))
-        chunk = max(chunk + loop + classes * width * (4 - itemsize), classes * width * 4)
-        return chunk + rows * 3 * wide
+    many = dtype == torch.bfloat16 and -(-rows // chunk_rows) > MAX_ROUNDINGS
+    product = 0  # converted before it goes to where a gradient is added up
+    if of_weight and (half or many):
+        product = min(classes, block_rows(width, 4))
+    if of_x and half:
+        product = max(product, size)
+    loop = max(blocks * block, held * block + product * width * (itemsize + 4))
+    if of_weight and many:  # the sum is no result, and the result is not there before the end
+        sums = classes * width * (4 - itemsize)
+        return max(chunk + loop + sums, classes * width * 4) + rows * 3 * wide
     return chunk + loop + rows * 3 * wide
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from memopt.kernels.blocks import block_rows, pieces
 
 # The weight gradient is rounded once per chunk; beyond this many it is kept in float32.
-_MAX_ROUNDINGS = 8
+MAX_ROUNDINGS = 8
 # Float16 loses softmax entries under 6e-8. Its gradients are kept at this size, whatever the
 # number of tokens, and scaled at the end.
 HALF_UNIT = 8.0
@@ -111,7 +111,7 @@ class Gradients:
         x, weight, bias = wanted
         half = head.x_NH.dtype == torch.float16
         x_dtype = head.wide if half else head.x_NH.dtype
-        exact = exact or half or chunks > _MAX_ROUNDINGS
+        exact = exact or half or chunks > MAX_ROUNDINGS
         weight_dtype = head.wide if exact else head.weight_VH.dtype
         zeros, new = head.x_NH.new_zeros, head.x_NH.new_empty
         make = zeros if sparse else new

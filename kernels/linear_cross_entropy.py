@@ -221,9 +221,9 @@ def scratch_bytes(*args: Any) -> int:
     a = Arguments(*args[: len(Arguments._fields)])
     trained = any(a.wanted) and len(args) > len(a)  # the rows' forward makes no gradients
     rows, width = (size_hint(d) for d in a.x.shape)
-    classes, itemsize = size_hint(a.weight.shape[0]), a.x.element_size()
+    classes = size_hint(a.weight.shape[0])
+    wanted = a.wanted if trained else (False, False, False)
     if a.chunk_rows == 0:
-        wanted = a.wanted if trained else (False, False, False)
         values = 8 if len(args) > len(a) else 0  # and log-sum-exps: results of the rows' forward
         return rows * (12 + 4 * trained + values) + cut_cross_entropy.scratch_bytes(
             rows, width, classes, a.x.dtype, wanted, smoothed=a.label_smoothing > 0
@@ -236,11 +236,8 @@ def scratch_bytes(*args: Any) -> int:
         blocks += 1 + bool(changed)
     elif has_row_kernel(IndexTargets, a.x):
         blocks = apart = 0
-    narrow = trained and a.wanted[1] and a.x.dtype in (torch.bfloat16, torch.float16)
-    chunks = -(-rows // a.chunk_rows)
     wide = a.wide.itemsize
     targets = rows * (1 + 8 + 8 + wide * (2 if trained else 1))
-    exact = narrow and chunks > 8
     return targets + chunks_scratch_bytes(
-        rows, width, classes, itemsize, a.chunk_rows, blocks=blocks, held=apart, exact=exact
+        rows, width, classes, a.x.dtype, a.chunk_rows, blocks=blocks, held=apart, wanted=wanted
     )
