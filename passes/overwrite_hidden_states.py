@@ -101,7 +101,7 @@ def _is_arithmetic(node: fx.Node) -> bool:
     if not isinstance(node.target, OpOverload) or node.target._schema.is_mutable:
         return False
     if node.target is prims.convert_element_type.default:
-        (source,) = node.all_input_nodes
+        source = node.all_input_nodes[0]  # the others are sizes
         return bool(source.meta["val"].dtype != node.meta["val"].dtype)
     if node.target in _PRODUCTS:
         return True
