@@ -154,7 +154,8 @@ def test_what_has_no_gradient_does_not_keep_the_graph_alive(kept: str) -> None:
 
         @staticmethod
         def backward(ctx: Any, *g: torch.Tensor) -> torch.Tensor:
-            return g[0] * ctx.saved_tensors[0].cos()
+            slope: torch.Tensor = ctx.saved_tensors[0].cos()
+            return g[0] * slope
 
     watched: list[Any] = []
     hidden, weight, bias = inputs()

@@ -42,6 +42,7 @@ def test_sums_in_float32_add_nothing_to_eagers_error(
     dtype: torch.dtype, chunks: int, rows: int
 ) -> None:
     """But what the order of a float32 sum of so many rows does to it."""
-    mine, eager, norm = sum(errors(dtype, rows, chunks, seed) for seed in range(3)).sqrt()
+    draws = [errors(dtype, rows, chunks, seed) for seed in range(3)]
+    mine, eager, norm = torch.stack(draws).sum(0).sqrt()
     order = torch.finfo(torch.float32).eps * rows**0.5 * norm
     assert (mine <= eager + order).all(), f"{mine / eager} of eager's error"
