@@ -1,10 +1,12 @@
 """Linear layer and cross-entropy in one operator, by chunks of rows: the logits never exist.
 
 ``linear_cross_entropy`` reduces to a scalar and computes the gradients in the forward, so the head
-costs its three products and nothing is saved but the gradients themselves. Its other forms take
-the same arguments and are files of their own: a loss per row in ``cross_entropy_rows``, the
-gradient in the hidden states' memory in ``in_place_gradient``, with the logits in ``kept_logits``,
-rows whose weights are known in ``weighted_rows``.
+costs its three products and nothing is saved but the gradients themselves. On a CPU it is four
+where many chunks of a bfloat16 weight gradient are added up: see ``memopt.kernels.head``.
+
+Its other forms take the same arguments and are files of their own: a loss per row in
+``cross_entropy_rows``, the gradient in the hidden states' memory in ``in_place_gradient``, with
+the logits in ``kept_logits``, rows whose weights are known in ``weighted_rows``.
 
 Pays: where ``N * V`` is large against ``N * H`` and ``V * H``: any language model. Does not: in a
 classifier with fewer classes than hidden units.
