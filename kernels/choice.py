@@ -18,7 +18,7 @@ import torch
 
 from memopt._torch import cache_dir, disable_modes, inductor_config, write_atomic
 from memopt._versions import __version__
-from memopt.kernels.head import default_chunk_rows
+from memopt.kernels.blocks import default_chunk_rows
 from memopt.kernels.linear_cross_entropy import REDUCED
 
 log = logging.getLogger(__name__)

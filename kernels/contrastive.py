@@ -24,7 +24,8 @@ from torch import Tensor
 
 from memopt._torch import size_hint
 from memopt.kernels import forward_gradients
-from memopt.kernels.head import HALF_UNIT, Gradients, Head, block_rows, pieces
+from memopt.kernels.blocks import block_rows, pieces
+from memopt.kernels.head import HALF_UNIT, Gradients, Head
 
 
 class Arguments(NamedTuple):

@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from memopt.kernels.head import Gradients, Head, has_row_kernel, pieces
+from memopt.kernels.blocks import pieces
+from memopt.kernels.chunks import has_row_kernel
+from memopt.kernels.head import Gradients, Head
 from memopt.kernels.rows import IndexTargets
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ def run(
     skip_below: float = 0.0,
     block: int = BLOCK,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Values, log-sum-exps and gradients of all rows, as ``head.run_chunks`` gives them.
+    """Values, log-sum-exps and gradients of all rows, as ``chunks.run_chunks`` gives them.
 
     Args:
         head: maps hidden states to logits.

@@ -26,9 +26,10 @@ from torch import Tensor
 from memopt._torch import size_hint
 from memopt.errors import ConfigError
 from memopt.kernels import forward_gradients, inputs
+from memopt.kernels.chunks import run_chunks
+from memopt.kernels.chunks import scratch_bytes as chunks_scratch_bytes
 from memopt.kernels.forward_gradients import refuse_double_backward
-from memopt.kernels.head import HALF_UNIT, Head, run_chunks
-from memopt.kernels.head import scratch_bytes as head_scratch_bytes
+from memopt.kernels.head import HALF_UNIT, Head
 from memopt.kernels.rows import RowLoss
 from memopt.kernels.teachers import FromHead, FromLogits, blocks
 
@@ -207,17 +208,15 @@ def scratch_bytes(*args: Any) -> int:
     rows, width = (size_hint(d) for d in a.x.shape)
     classes, wide = size_hint(a.weight.shape[0]), a.student.wide.itemsize
     apart = a.x.dtype != a.student.wide
-    narrow = trained and a.wanted[1] and a.x.dtype in (torch.bfloat16, torch.float16)
-    chunks = -(-rows // a.chunk_rows)
     of_teacher = 0
     if a.teacher_weight is not None:
         entries = classes + size_hint(a.teacher_x.shape[1])
         of_teacher = min(rows, a.chunk_rows) * entries * a.teacher_x.element_size()
     targets = rows * (8 + wide * (2 if trained else 1))
-    return of_teacher + targets + head_scratch_bytes(
-        rows, width, classes, a.x.element_size(), a.chunk_rows,
+    return of_teacher + targets + chunks_scratch_bytes(
+        rows, width, classes, a.x.dtype, a.chunk_rows,
         blocks=trained + apart + blocks(a.beta, cross=a.cross), held=trained,
-        exact=narrow and chunks > 8,
+        wanted=a.wanted if trained else (False, False, False),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memopt.errors import ConfigError
-from memopt.kernels.head import default_chunk_rows
+from memopt.kernels.blocks import default_chunk_rows
 
 Head = tuple[Tensor, Tensor, Tensor | None]
 
@@ -126,16 +126,17 @@ def target(value: Tensor, leading: torch.Size, classes: int, *, soft: bool = Tru
     """Classes `(N,)` or, where ``soft`` targets may be, distributions `(N, V)`.
 
     Args:
-        value: `(...)`, int64, or `(..., V)`, floating point.
+        value: `(...)`, int64 or, as eager has it, uint8; or `(..., V)`, floating point.
         leading: all sizes of the hidden states but the last.
         classes: their number ``V``.
         soft: whether a distribution is allowed.
     """
     floating = value.is_floating_point()
-    if not (floating and soft) and value.dtype != torch.int64:
+    if not (floating and soft) and value.dtype not in (torch.int64, torch.uint8):
         distributions = ", or floating point for distributions" if soft else ""
         raise ConfigError(
-            f"target is {value.dtype}: allowed is int64{distributions}; call target.long()"
+            f"target is {value.dtype}: allowed is int64 or uint8{distributions}; "
+            "call target.long()"
         )
     shape = (*leading, classes) if floating else tuple(leading)
     if tuple(value.shape) != shape:
@@ -144,7 +145,7 @@ def target(value: Tensor, leading: torch.Size, classes: int, *, soft: bool = Tru
             f"target is {tuple(value.shape)}: {kind} for these hidden states are {shape}"
         )
     constant("target", value)
-    return value.reshape(-1, classes) if floating else value.reshape(-1)
+    return value.reshape(-1, classes) if floating else value.reshape(-1).long()
 
 
 def per_class(name: str, value: Tensor, classes: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from memopt.kernels import forward_gradients
-from memopt.kernels.head import pieces
+from memopt.kernels.blocks import pieces
 from memopt.kernels.linear_cross_entropy import SCHEMA, Arguments, Work, reduced
 
 _NAME = "memopt::linear_cross_entropy_kept"

@@ -1,11 +1,12 @@
 """Linear layer and cross-entropy in one operator, by chunks of rows: the logits never exist.
 
-Two forms. ``linear_cross_entropy`` reduces to a scalar and computes the gradients in the forward,
-so the head costs its three products and nothing is saved but the gradients themselves.
-``linear_cross_entropy_rows`` returns a loss and a log-sum-exp per row, whose upstream gradients
-are not known in advance: its backward makes the logits again, chunk by chunk, a fourth product.
-Where a graph reads the hidden states no more, ``linear_cross_entropy_`` writes their gradient over
-them, each chunk's once its weight gradient has been added up; it has no autograd of its own.
+``linear_cross_entropy`` reduces to a scalar and computes the gradients in the forward, so the head
+costs its three products and nothing is saved but the gradients themselves. On a CPU it is four
+where many chunks of a bfloat16 weight gradient are added up: see ``memopt.kernels.head``.
+
+Its other forms take the same arguments and are files of their own: a loss per row in
+``cross_entropy_rows``, the gradient in the hidden states' memory in ``in_place_gradient``, with
+the logits in ``kept_logits``, rows whose weights are known in ``weighted_rows``.
 
 Pays: where ``N * V`` is large against ``N * H`` and ``V * H``: any language model. Does not: in a
 classifier with fewer classes than hidden units.
@@ -24,16 +25,16 @@ from torch import Tensor
 from memopt._torch import size_hint
 from memopt.errors import ConfigError
 from memopt.kernels import cut_cross_entropy, forward_gradients
-from memopt.kernels.forward_gradients import refuse_double_backward
-from memopt.kernels.head import HALF_UNIT, Head, has_row_kernel, run_chunks
-from memopt.kernels.head import scratch_bytes as head_scratch_bytes
+from memopt.kernels.chunks import has_row_kernel, run_chunks
+from memopt.kernels.chunks import scratch_bytes as chunks_scratch_bytes
+from memopt.kernels.head import HALF_UNIT, Head
 from memopt.kernels.rows import IndexTargets, SoftTargets
 
 Three = tuple[Tensor, Tensor, Tensor]
 
 
 class Arguments(NamedTuple):
-    """What all operators of this file take, in the order of ``SCHEMA``.
+    """What every form of the operator takes, in the order of ``SCHEMA``.
 
     Attributes:
         x: hidden states `(N, H)`.
@@ -73,43 +74,16 @@ SCHEMA = (
     "int ignore_index, float label_smoothing, float scale, float softcap, SymInt chunk_rows, "
     "bool[3] wanted"
 )
-_NAME = "memopt::linear_cross_entropy"
-torch.library.define(_NAME, f"({SCHEMA}, bool mean) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-torch.library.define(
-    f"{_NAME}_",
-    f"({SCHEMA.replace('Tensor', 'Tensor(a!)', 1)}, bool mean) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.define(f"{_NAME}_rows", f"({SCHEMA}) -> (Tensor, Tensor)")
-torch.library.define(
-    f"{_NAME}_rows_backward",
-    f"({SCHEMA}, Tensor g, Tensor? h) -> (Tensor, Tensor, Tensor)",
-)
+NAME = "memopt::linear_cross_entropy"
+torch.library.define(NAME, f"({SCHEMA}, bool mean) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 
 REDUCED = torch.ops.memopt.linear_cross_entropy.default
-IN_PLACE = torch.ops.memopt.linear_cross_entropy_.default
-ROWS = torch.ops.memopt.linear_cross_entropy_rows.default
-ROWS_BACKWARD = torch.ops.memopt.linear_cross_entropy_rows_backward.default
 
 
-@torch.library.impl(_NAME, "default")
+@torch.library.impl(NAME, "default")
 def _reduced(*args: Any) -> tuple[Tensor, ...]:
     *shared, mean = args
     return reduced(Arguments(*shared), mean)
-
-
-@torch.library.impl(f"{_NAME}_", "default")
-def _in_place(*args: Any) -> tuple[Tensor, ...]:
-    """The same without the gradient of ``x``, which is in ``x``."""
-    *shared, mean = args
-    a = Arguments(*shared)
-    if not fits_in_place(a):
-        raise ConfigError(
-            "the gradient of the hidden states cannot take their place: allowed are chunks, a "
-            "gradient that is wanted, and contiguous hidden states in another dtype than float16"
-        )
-    loss, _, *others = reduced(a, mean, in_place=True)
-    return (loss, *others)
 
 
 def reduced(
@@ -133,7 +107,8 @@ def reduced(
     return (values.sum() / size, *gradients, lacking)
 
 
-def _fake_reduced(*args: Any) -> tuple[Tensor, ...]:
+def fake_reduced(*args: Any) -> tuple[Tensor, ...]:
+    """Tensors like the results, of fake arguments."""
     arguments = Arguments(*args[:-1])
     scalar = arguments.x.new_empty((), dtype=arguments.wide)
     return (
@@ -143,73 +118,8 @@ def _fake_reduced(*args: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _fake_in_place(*args: Any) -> tuple[Tensor, ...]:
-    loss, _, *others = _fake_reduced(*args)
-    return (loss, *others)
-
-
-torch.library.register_fake(_NAME, _fake_reduced)
-torch.library.register_fake(f"{_NAME}_", _fake_in_place)
-forward_gradients.register(_NAME, Arguments._fields.index("wanted"))
-
-
-@torch.library.impl(f"{_NAME}_rows", "default")
-def _rows(*args: Any) -> tuple[Tensor, Tensor]:
-    """Losses, 0 where ignored, and log-sum-exps: `(N,)` each, float32 or wider."""
-    arguments = Arguments(*args)
-    work = Work.of(arguments, compact=False)
-    values, lse, _ = work.run(arguments.chunk_rows, (False, False, False), None)
-    return values, lse
-
-
-def _fake_rows(*args: Any) -> tuple[Tensor, Tensor]:
-    arguments = Arguments(*args)
-    rows = arguments.x.new_empty(arguments.x.shape[0], dtype=arguments.wide)
-    return rows, torch.empty_like(rows)
-
-
-@torch.library.impl(f"{_NAME}_rows_backward", "default")
-def _rows_gradients(*args: Any) -> Three:
-    """Gradients under upstream gradients `(N,)` of losses and log-sum-exps."""
-    *shared, g, h = args
-    arguments = Arguments(*shared)
-    work = Work.of(arguments, compact=h is None)
-    upstream = torch.where(work.counted_N > 0, g, 0.0).to(arguments.wide)
-    return work.run(arguments.chunk_rows, arguments.wanted, upstream, h)[2]
-
-
-def _fake_rows_gradients(*args: Any) -> Three:
-    a = Arguments(*args[:-2])
-    return forward_gradients.like(a.x, a.weight, a.wanted)
-
-
-torch.library.register_fake(f"{_NAME}_rows", _fake_rows)
-torch.library.register_fake(f"{_NAME}_rows_backward", _fake_rows_gradients)
-
-
-def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:5])
-    ctx.options = inputs[5:]
-    ctx.dtypes = _dtypes(Arguments(*inputs))
-    ctx.unused = (None,) * (len(inputs) - 3)
-
-
-def _rows_backward(ctx: Any, g: Tensor | None, h: Tensor | None) -> tuple[Tensor | None, ...]:
-    refuse_double_backward()
-    if g is None and h is None:
-        return (None, None, None, *ctx.unused)
-    if g is None:
-        g = torch.zeros_like(h)  # type: ignore[arg-type]
-    gradients = ROWS_BACKWARD(*ctx.saved_tensors, *ctx.options, g, h)
-    typed = [
-        None if dtype is None else gradient.to(dtype)
-        for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-    ]
-    return (*typed, *ctx.unused)
-
-
-torch.library.register_autograd(f"{_NAME}_rows", _rows_backward, setup_context=_save_rows)
+torch.library.register_fake(NAME, fake_reduced)
+forward_gradients.register(NAME, Arguments._fields.index("wanted"))
 
 
 @dataclass(frozen=True)
@@ -295,16 +205,8 @@ def _check_targets(target: Tensor, valid: Tensor, classes: int) -> None:
         raise IndexError(f"Target {int(target[wrong][0])} is out of bounds.")
 
 
-def _dtypes(a: Arguments) -> list[torch.dtype | None]:
-    """What each gradient must be in the end; None where it is not wanted."""
-    return [
-        t.dtype if on and t is not None else None
-        for t, on in zip((a.x, a.weight, a.bias), a.wanted, strict=True)
-    ]
-
-
 def can_be_cut(*args: Any) -> bool:
-    """Whether an operator of this file can do without logits in memory: ``chunk_rows`` of 0.
+    """Whether the operator can do without logits in memory: ``chunk_rows`` of 0.
 
     Args:
         *args: its arguments, fake or real.
@@ -312,17 +214,8 @@ def can_be_cut(*args: Any) -> bool:
     return cut_cross_entropy.serves(Arguments(*args[: len(Arguments._fields)]))
 
 
-def fits_in_place(a: Arguments) -> bool:
-    """Whether the gradient of the hidden states, fake or real, could take their place.
-
-    Not without chunks: tiles of the gradient are added up while others still read the states.
-    """
-    own = a.x.dtype != torch.float16  # whose gradients are float32
-    return own and bool(a.wanted[0]) and a.chunk_rows != 0 and a.x.is_contiguous()
-
-
 def scratch_bytes(*args: Any) -> int:
-    """What any of the operators of this file allocates besides its results, in bytes.
+    """What any form of the operator allocates besides its results, in bytes.
 
     Args:
         *args: its arguments, fake or real.
@@ -330,9 +223,9 @@ def scratch_bytes(*args: Any) -> int:
     a = Arguments(*args[: len(Arguments._fields)])
     trained = any(a.wanted) and len(args) > len(a)  # the rows' forward makes no gradients
     rows, width = (size_hint(d) for d in a.x.shape)
-    classes, itemsize = size_hint(a.weight.shape[0]), a.x.element_size()
+    classes = size_hint(a.weight.shape[0])
+    wanted = a.wanted if trained else (False, False, False)
     if a.chunk_rows == 0:
-        wanted = a.wanted if trained else (False, False, False)
         values = 8 if len(args) > len(a) else 0  # and log-sum-exps: results of the rows' forward
         return rows * (12 + 4 * trained + values) + cut_cross_entropy.scratch_bytes(
             rows, width, classes, a.x.dtype, wanted, smoothed=a.label_smoothing > 0
@@ -345,11 +238,8 @@ def scratch_bytes(*args: Any) -> int:
         blocks += 1 + bool(changed)
     elif has_row_kernel(IndexTargets, a.x):
         blocks = apart = 0
-    narrow = trained and a.wanted[1] and a.x.dtype in (torch.bfloat16, torch.float16)
-    chunks = -(-rows // a.chunk_rows)
     wide = a.wide.itemsize
     targets = rows * (1 + 8 + 8 + wide * (2 if trained else 1))
-    exact = narrow and chunks > 8
-    return targets + head_scratch_bytes(
-        rows, width, classes, itemsize, a.chunk_rows, blocks=blocks, held=apart, exact=exact
+    return targets + chunks_scratch_bytes(
+        rows, width, classes, a.x.dtype, a.chunk_rows, blocks=blocks, held=apart, wanted=wanted
     )

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from memopt.kernels import inputs
-from memopt.kernels.linear_cross_entropy import Arguments
+from memopt.kernels.cross_entropy_rows import ROWS
+from memopt.kernels.linear_cross_entropy import REDUCED, Arguments
 
 
 def checked_arguments(
@@ -37,10 +38,10 @@ def reduced_cross_entropy(a: Arguments, reduction: str, z_loss: float) -> Tensor
     """A scalar, or `(N,)` for ``"none"``; the z-loss is a mean over the rows that count."""
     with inputs.no_autocast(a.x):
         if reduction != "none" and not z_loss:
-            loss: Tensor = torch.ops.memopt.linear_cross_entropy(*a, reduction == "mean")[0]
+            loss: Tensor = REDUCED(*a, reduction == "mean")[0]
             return loss
         values: Tensor
-        values, lse = torch.ops.memopt.linear_cross_entropy_rows(*a)
+        values, lse = ROWS(*a)
     if not z_loss:
         return values
     counted = torch.ones_like(lse, dtype=torch.bool)

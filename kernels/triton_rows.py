@@ -1,7 +1,7 @@
 """Cross-entropy by rows in one Triton kernel: products become loss and gradient in place.
 
-It does on a GPU what ``run_rows`` in `memopt.kernels.head` does with `IndexTargets`, which is its
-reference. One program takes one row: a first pass keeps the largest logit and the sum of
+It does on a GPU what ``run_rows`` in `memopt.kernels.chunks` does with `IndexTargets`, which is
+its reference. One program takes one row: a first pass keeps the largest logit and the sum of
 exponentials beside it, a second one, from the end of the row backwards, where the cache still has
 it, writes the gradient over what it reads. Two reads and a write of the chunk, and no other memory
 of its size; all sums in float32 and in a fixed order, so two runs are bitwise equal.

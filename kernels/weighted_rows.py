@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from memopt.kernels import divergence, forward_gradients, linear_cross_entropy
-from memopt.kernels.head import HALF_UNIT, run_chunks
+from memopt.kernels.chunks import run_chunks
+from memopt.kernels.head import HALF_UNIT
 
 Three = tuple[Tensor, Tensor, Tensor]
 # Values, log-sum-exps and gradients of some rows, or of all; zeros for others.

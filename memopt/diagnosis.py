@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from memopt.errors import BudgetInfeasibleError
 from memopt.graph import source_line
+from memopt.outcome import Outcome
 from memopt.proofs import Proof
 from memopt.record import GraphRecord
 from memopt.remarks import RemarkKind
-from memopt.splitting import Outcome, Splitter
+from memopt.splitting import Splitter
 from memopt.timeline import LiveRange, Timeline
 from memopt.units import format_bytes
 

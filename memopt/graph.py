@@ -39,9 +39,12 @@ _POINTWISE_NAMES = frozenset(
     "prims._low_memory_max_pool_offsets_to_indices aten.upsample_nearest2d.default "
     "aten.avg_pool2d aten.copy".split()
 )
-_REDUCTION_NAMES = frozenset(
+# Their result is their first input with some entries changed, and Inductor lets it take its place.
+_SCATTER_NAMES = frozenset(
     "aten.index_put aten._unsafe_index_put aten._unsafe_masked_index_put_accumulate aten.scatter "
-    "aten.scatter_add aten.scatter_reduce aten.index_add aten.index_copy "
+    "aten.scatter_add aten.scatter_reduce aten.index_add aten.index_copy".split()
+)
+_REDUCTION_NAMES = _SCATTER_NAMES | frozenset(
     "aten.mean aten.var aten.var_mean aten.std prims.var prims.sum "
     "prims.prepare_softmax_online aten.argmax aten.argmin aten.cumsum aten.norm "
     "aten.linalg_vector_norm aten.any aten.all aten.amax aten.amin aten.logsumexp aten.max "
@@ -166,6 +169,11 @@ def op_kind(node: fx.Node) -> OpKind:
         }:
             return OpKind.REDUCTION
     return OpKind.EXTERN
+
+
+def is_scatter(node: fx.Node) -> bool:
+    """Whether the result is the first input with some entries changed, and may take its place."""
+    return packet_name(node.target) in _SCATTER_NAMES
 
 
 def stretches(graph: fx.Graph) -> dict[fx.Node, int]:

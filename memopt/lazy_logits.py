@@ -13,14 +13,15 @@ more, the fourth beside the three of a training step.
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from memopt._torch import pytree, refuse_data_access
-from memopt.lazy_rows import Head, Rows, Stamp, autocasts
+from memopt.lazy_rows import Head, Rows, autocasts
 from memopt.lazy_rules import apply_rule, spelled
+from memopt.lazy_stamps import Stamp
 
 PATIENCE_STEPS = 3
 
@@ -120,9 +121,10 @@ class LazyLogits(torch.Tensor):
             like=torch.empty(*hidden.shape[:-1], weight.shape[0], dtype=to, device="meta"),
             function=lambda z: z.to(to),
             elementwise=True,
-            differentiable=torch.is_grad_enabled(),
+            differentiable=True,
         )
-        return cls._of(replace(rows, differentiable=rows.differentiable and bool(rows.inputs)))
+        trained = torch.is_grad_enabled() and bool(rows.inputs)
+        return cls._of(rows if trained else rows.detached())
 
     @classmethod
     def _of(cls, rows: Rows) -> "LazyLogits":

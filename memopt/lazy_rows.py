@@ -6,6 +6,7 @@ for the values, at about ``H/V`` of their bytes, and any number of rows can be c
 """
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,68 +18,12 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from memopt._torch import pytree
-from memopt.errors import StaleLogitsError
+from memopt.lazy_stamps import Stamp, apart
 
 Map = Callable[[torch.Tensor], torch.Tensor]
 
 CHUNK_BYTES = 2**27
 """Logits that a reduction holds at a time; it may have a few temporaries of that size."""
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """A tensor as it was at the forward.
-
-    Attributes:
-        name: what it is, for the error.
-        tensor: the tensor.
-        state: changes with every write that autograd knows of, and with the memory.
-        sample: a few of its numbers: fused optimizers and ``.data`` write unseen by autograd.
-    """
-
-    name: str
-    tensor: torch.Tensor
-    state: tuple[int, int]
-    sample: torch.Tensor
-
-    @classmethod
-    def of(cls, name: str, tensor: torch.Tensor) -> "Stamp":
-        return cls(name, tensor, _state(tensor), _sample(tensor))
-
-    def check(self) -> None:
-        """Raise if the tensor is not what it was.
-
-        Raises:
-            StaleLogitsError: it was changed in place, moved or freed.
-        """
-        same = _state(self.tensor) == self.state
-        if not (same and torch.equal(_sample(self.tensor), self.sample)):
-            raise StaleLogitsError(
-                f"the logits were not kept and cannot be computed any more: {self.name} was "
-                "changed in place, moved or freed since the forward. Read the logits before "
-                "optimizer.step(), or have them kept with "
-                'options={"passes": {"chunk_losses": {"logits": "keep"}}}'
-            )
-
-
-def _state(tensor: torch.Tensor) -> tuple[int, int]:
-    version = 0 if tensor.is_inference() else tensor._version
-    return version, tensor.data_ptr()
-
-
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """Up to 16 rows and 16 columns of the first matrix, as bytes: so that NaN equals itself.
-
-    On the CPU they lie in memory that is not the allocator's: the planner promises its bytes.
-    """
-    steps = [slice(None, None, max(1, -(-size // 16))) for size in tensor.shape[-2:]]
-    first = [slice(1)] * (tensor.ndim - len(steps))
-    with torch.no_grad():
-        picked = tensor[tuple(first + steps)].clone(memory_format=torch.contiguous_format)
-        taken = picked.view(torch.uint8)
-        if taken.device.type != "cpu" or not taken.numel():
-            return taken
-        return torch.frombuffer(bytearray(taken.numpy().tobytes()), dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -117,6 +62,11 @@ class Head:
         bias = None if self.bias is None else self.bias[part]
         return replace(self, weight=self.weight[part], bias=bias)
 
+    def detached(self) -> "Head":
+        """The same map, without the graph that its weight was computed by."""
+        bias = None if self.bias is None else apart(self.bias)
+        return replace(self, weight=apart(self.weight), bias=bias)
+
 
 @dataclass(eq=False)
 class Rows:
@@ -133,6 +83,8 @@ class Rows:
         again: makes these values from the root's.
         value: the values, once something needed them all.
         written: whether ``value`` was changed in place.
+        still: the same values in the same memory without their graph, if anybody has them.
+        source: the rows that these are ``still`` of, as long as something else needs them.
     """
 
     head: Head
@@ -145,6 +97,8 @@ class Rows:
     again: Map | None = None
     value: torch.Tensor | None = field(default=None, init=False)
     written: bool = field(default=False, init=False)
+    still: "Rows | None" = field(default=None, init=False)
+    source: "weakref.ref[Rows] | None" = field(default=None, init=False)
 
     @property
     def pending(self) -> bool:
@@ -172,7 +126,21 @@ class Rows:
         """Rows whose values have memory of their own."""
         differentiable = self.differentiable and torch.is_grad_enabled()
         changes = {"differentiable": differentiable, "root": None, "again": None, **changes}
-        return replace(self, like=like, **changes)
+        rows = replace(self, like=like, **changes)
+        if self.differentiable and not rows.differentiable:
+            rows.hidden, rows.head = apart(rows.hidden), rows.head.detached()
+        return rows
+
+    def detached(self) -> "Rows":
+        """Rows with these values, in the same memory, that do not keep the graph alive."""
+        if not self.differentiable:
+            return self
+        if self.still is None:
+            root = None if self.root is None else self.root.detached()
+            hidden, head = apart(self.hidden), self.head.detached()
+            self.still = replace(self, hidden=hidden, head=head, root=root, differentiable=False)
+            self.still.source = weakref.ref(self)
+        return self.still
 
     def view(self, like: torch.Tensor, again: Map, **changes: Any) -> "Rows":
         """Rows whose values ``again`` makes from these values, in the same memory."""
@@ -204,8 +172,12 @@ class Rows:
 
     def twin_of(self, other: "Rows") -> bool:
         """Whether both are functions of the same logits, with gradients or without."""
-        same = self.hidden is other.hidden and self.head is other.head
-        return same and self.differentiable == other.differentiable
+        if self.differentiable or other.differentiable:
+            same = self.hidden is other.hidden and self.head is other.head
+            return same and self.differentiable == other.differentiable
+        alike = _same_memory(self.hidden, other.hidden)
+        alike = alike and _same_memory(self.head.weight, other.head.weight)
+        return alike and self.head.stamps is other.head.stamps
 
     def compute(self, hidden: torch.Tensor) -> torch.Tensor:
         """The values of some rows, under the ambient grad mode but not the ambient autocast."""
@@ -224,10 +196,15 @@ class Rows:
             if root and self.again and (write or root.value is not None or self._is_all_of(root)):
                 self.value = self.again(root.settle(write))
                 self.again = None
+            elif write and self.source and (source := self.source()):
+                source.settle(write)  # tells these rows
             elif self.value is None:
                 self.value = self.compute(self.hidden)
                 self.head.computed(math.prod(self.like.shape[:-1]))
+        assert self.value is not None
         self.written |= write
+        if self.still is not None:
+            self.still.value, self.still.written = self.value.detach(), self.written
         return self.value
 
     def _is_all_of(self, root: "Rows") -> bool:
@@ -264,6 +241,12 @@ def autocasts(device: torch.device) -> bool:
     """Whether the ambient autocast covers the device."""
     known = torch.amp.is_autocast_available(device.type)
     return known and torch.is_autocast_enabled(device.type)
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are the same numbers in the same place."""
+    place = a.data_ptr() == b.data_ptr() and a.dtype == b.dtype
+    return a is b or (place and a.shape == b.shape and a.stride() == b.stride())
 
 
 @contextmanager

@@ -96,8 +96,8 @@ def _dims_taken(item: Any) -> int:
 
 
 def detach(rows: Rows, func: Any) -> Rows:
-    """The same values, cut off from the graph."""
-    return rows.view(rows.like, func, differentiable=False)
+    """The same values, cut off from the graph, which they do not keep alive."""
+    return rows.detached().view(rows.like, func)
 
 
 def duplicate(rows: Rows, func: Any, *args: Any, **kwargs: Any) -> Rows:
@@ -155,7 +155,15 @@ def gather(rows: Rows, func: Any, dim: int, index: torch.Tensor, **kwargs: Any) 
     like = rows.like
     if dim not in (-1, like.ndim - 1) or index.shape[:-1] != like.shape[:-1]:
         return NotImplemented
-    return rows.by_chunks(lambda value, i: func(value, -1, i, **kwargs), index)
+
+    def call(value: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+        """With as many dimensions as eager has, which it names where an index is out of bounds."""
+        ones = (1,) * like.ndim
+        lifted, at = (t.reshape((ones + t.shape)[-like.ndim :]) for t in (value, i))
+        picked: torch.Tensor = func(lifted, -1, at, **kwargs)
+        return picked.reshape(i.shape)
+
+    return rows.by_chunks(call, index)
 
 
 def _over_vocabulary(

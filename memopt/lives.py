@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
-from memopt.graph import OpKind, overwrites
+from memopt.graph import OpKind, is_scatter, overwrites
 from memopt.joint import JointGraph
 
 # Inductor writes a value with several readers to memory once it reads more buffers than
@@ -123,7 +123,7 @@ class FusedHalf(Half):
         kept = tuple(kept)
         self.written = read_by_library_calls(joint, order) | storages_of(joint, kept)
         self.readers = Counter(chain.from_iterable(joint.inputs[i] for i in order))
-        self.loops: list[tuple[int, int]] = []
+        self.loops: list[tuple[int, int, set[int]]] = []  # step, result, what it may replace
         super().__init__(joint, order, start=start, held=held, kept=kept)
 
     def visit(self, step: int, i: int) -> None:
@@ -146,8 +146,12 @@ class FusedHalf(Half):
         for life in sources:
             self.last[life] = step
         self.value[i] = self.made(step, i)
-        if kind is OpKind.POINTWISE:
-            self.loops += [(step, self.value[i][s]) for s in joint.allocates[i]]
+        if is_scatter(joint.nodes[i]):  # it starts as a copy of its first input
+            base = joint.inputs[i][0]
+            sources = self.reads.get(base) or set(self.value.get(base, {}).values())
+        elif kind is not OpKind.POINTWISE:
+            return
+        self.loops += [(step, self.value[i][s], sources) for s in joint.allocates[i]]
 
     def lives(self) -> list[Life]:
         self._reuse_in_place()
@@ -163,9 +167,11 @@ class FusedHalf(Half):
             if life not in spared and self.first[life] < step:
                 nbytes = storages[self.storage[life]].nbytes
                 dying.setdefault((step, nbytes), []).append(life)
-        for step, made in self.loops:
-            if reusable := dying.get((step, storages[self.storage[made]].nbytes)):
-                self.last[reusable.pop()] = step - 1
+        for step, made, sources in self.loops:
+            lives = dying.get((step, storages[self.storage[made]].nbytes), [])
+            if reusable := sources.intersection(lives):
+                lives.remove(life := max(reusable))
+                self.last[life] = step - 1
 
 
 def read_by_library_calls(joint: JointGraph, order: Iterable[int]) -> set[int]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from memopt.kernels import inputs
 from memopt.kernels.contrastive import Arguments
+from memopt.kernels.cross_entropy_rows import ROWS
 from memopt.kernels.divergence import reduced_divergence
 from memopt.kernels.reduced_cross_entropy import checked_arguments, reduced_cross_entropy
 
@@ -133,7 +134,7 @@ def linear_log_probs(
         chunk_rows,
     )
     with inputs.no_autocast(hidden):
-        values: Tensor = torch.ops.memopt.linear_cross_entropy_rows(*a)[0]
+        values: Tensor = ROWS(*a)[0]
     return -values.view(target.shape)
 
 

@@ -23,16 +23,14 @@ from memopt.chunking import chunk_rows, double_chunks, halve_chunks, set_chunk_r
 from memopt.config import Config
 from memopt.cost import CostModel
 from memopt.device import DEVICES, DeviceSpec, device_spec, spec_for_product
-from memopt.errors import PlanError
-from memopt.graph import INLINED, source_line, tensors
+from memopt.graph import INLINED, tensors
 from memopt.joint import JointGraph, index_joint_graph
+from memopt.outcome import Outcome, load_plan
 from memopt.partition import partition
 from memopt.passes import JOINT, POST_GRAD
 from memopt.pipeline import PassContext, Pipeline
-from memopt.plan import Plan, fingerprint
 from memopt.planner import Search
 from memopt.problem import Candidate, Problem
-from memopt.record import DecisionRow
 
 # Share of the budget that a first attempt leaves free: where loops merge in a way that the model
 # does not see, the emitted code was at most this much above it on most graphs, and trying again
@@ -40,62 +38,6 @@ from memopt.record import DecisionRow
 _FIRST_MARGIN = 0.02
 
 Halves = tuple[fx.GraphModule, fx.GraphModule]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What planning one joint graph came to.
-
-    Attributes:
-        problem: the priced graph.
-        search: the planning session, with the baselines in it.
-        chosen: the plan that the partition follows.
-        limit_bytes: the bound that it was asked to meet, or None.
-        fits: whether the model says that it meets it.
-        seconds: wall-clock time of planning.
-    """
-
-    problem: Problem
-    search: Search
-    chosen: Candidate
-    limit_bytes: int | None
-    fits: bool
-    seconds: float = 0.0
-
-    @property
-    def plan(self) -> Plan:
-        """The decision as data."""
-        joint = self.problem.joint
-        return Plan(
-            fingerprint=graph_fingerprint(joint),
-            saved=tuple(sorted(joint.nodes[i].name for i in self.chosen.saved)),
-            peak_bytes=self.chosen.peak_bytes,
-            seconds=self.chosen.seconds,
-            budget_bytes=self.limit_bytes,
-            solver=self.chosen.origin,
-            chunk_rows=chunk_rows(joint),
-        )
-
-    def decisions(self) -> tuple[DecisionRow, ...]:
-        """The fate of every storage that the backward needs, largest first."""
-        joint, problem = self.problem.joint, self.problem
-        kept = problem.saved_storages(self.chosen.saved)
-        asked = kept | problem.saved_storages(self.search.everything_kept.saved)
-        rows = []
-        for s in asked:
-            storage = joint.storages[s]
-            node = joint.nodes[storage.owner]
-            rows.append(
-                DecisionRow(
-                    name=joint.nodes[storage.base].name,
-                    op=str(node.target),
-                    kind="keep" if s in kept else "recompute",
-                    nbytes=storage.nbytes,
-                    seconds=problem.seconds[storage.owner],
-                    source=source_line(node),
-                )
-            )
-        return tuple(sorted(rows, key=lambda row: (-row.nbytes, row.name)))
 
 
 @dataclass
@@ -200,7 +142,7 @@ class Splitter:
 
     def _search(self, gm: fx.GraphModule, joint: JointGraph, info: NodeInfo) -> Outcome:
         fused = self.config.lowering == "inductor"
-        plan = None if self.config.plan is None else _load(joint, self.config.plan)
+        plan = None if self.config.plan is None else load_plan(joint, self.config.plan)
         if plan is not None:
             set_chunk_rows(joint, plan.chunk_rows)
         cost = CostModel(device_of(joint, self.config), fused, self.config.cost == "measured")
@@ -240,15 +182,6 @@ def device_of(joint: JointGraph, config: Config) -> DeviceSpec:
     return DEVICES["cpu"]
 
 
-def graph_fingerprint(joint: JointGraph) -> str:
-    """Identity of a joint graph: operators, shapes, dtypes and edges, in order."""
-    lines = []
-    for node, inputs in zip(joint.nodes, joint.inputs, strict=True):
-        shapes = [(tuple(map(str, t.shape)), str(t.dtype)) for t in tensors(node.meta.get("val"))]
-        lines.append(f"{node.name} {node.target} {inputs} {shapes}")
-    return fingerprint(lines)
-
-
 def _tidy(gm: fx.GraphModule) -> fx.GraphModule:
     """What torch's own partitioner does first: dead code, common subexpressions, forced saves."""
     gm.graph.eliminate_dead_code()
@@ -275,29 +208,3 @@ def _stock_saved_set(gm: fx.GraphModule, joint: JointGraph, info: NodeInfo) -> l
             node.dist_from_bw = min([far, *users])
     saved = choose_saved_values_set(gm.graph, info, memory_budget=1)
     return [joint.index[n] for n in saved]
-
-
-def _load(joint: JointGraph, path: str) -> Plan:
-    """A plan file that belongs to this graph.
-
-    Raises:
-        PlanError: the file cannot be read, or was made for another graph.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            plan = Plan.from_json(file.read())
-    except OSError as error:
-        raise PlanError(f"cannot read the plan {path!r}: {error.strerror}") from error
-    own = graph_fingerprint(joint)
-    if plan.fingerprint != own:
-        raise PlanError(
-            f"the plan {path!r} was made for graph {plan.fingerprint}, this graph is {own}: "
-            f"the model, its input shapes or torch changed; plan again"
-        )
-    known = {node.name for node in joint.nodes}
-    if strangers := [name for name in (*plan.saved, *plan.chunk_rows) if name not in known]:
-        raise PlanError(
-            f"the plan {path!r} saves {strangers[:5]}, which the graph does not have: it was "
-            f"edited; plan again"
-        )
-    return plan

@@ -25,8 +25,8 @@ from torch import fx
 from memopt._torch import size_hint
 from memopt.emit import constant, emit, shape_of, traced
 from memopt.graph import source_line
+from memopt.kernels.blocks import default_chunk_rows
 from memopt.kernels.contrastive import CONTRASTIVE
-from memopt.kernels.head import default_chunk_rows
 from memopt.passes.counting import is_arange
 from memopt.passes.heads import Head, loosely, stops_gradient, unsafe
 from memopt.passes.returned_similarities import refusal, replace_returned, scale_tensor

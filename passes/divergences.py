@@ -20,7 +20,7 @@ from memopt.passes.heads import Head, memory, source_of
 from memopt.passes.logits import follow
 from memopt.passes.row_losses import arguments, find_loss
 from memopt.passes.row_sums import plain_sum, tail_of
-from memopt.passes.steps import overwrites
+from memopt.passes.steps import written
 from memopt.passes.terms import Mixture, Softmax, Terms, scaled, softmaxes
 
 
@@ -235,7 +235,7 @@ def _overwritten(inside: frozenset[fx.Node]) -> str:
     held = {memory(node) for node in inside if isinstance(traced(node), torch.Tensor)}
     first = min(inside)
     for node in first.graph.nodes:
-        if node > first and overwrites(node) and held & set(map(memory, node.all_input_nodes)):
+        if node > first and held & set(map(memory, written(node))):
             return f"{node.name} overwrites values on the way"
     return ""
 

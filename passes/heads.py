@@ -12,7 +12,7 @@ from torch import fx
 
 from memopt._torch import is_traceable_wrapper_subclass, size_hint
 from memopt.emit import same_shape, shape_of, traced
-from memopt.passes.steps import TRANSPOSES, cast_of, name_of, overwrites
+from memopt.passes.steps import TRANSPOSES, cast_of, name_of, written
 
 
 @dataclass(frozen=True)
@@ -213,9 +213,8 @@ def overwriter(
         besides: nodes that may write, because they do so to something else.
     """
     held = {memory(value) for value in values}
-    late = (node for node in first.graph.nodes if first < node < last and overwrites(node))
-    late = (node for node in late if node not in besides)
-    return next((n for n in late if held & set(map(memory, n.all_input_nodes))), None)
+    late = (n for n in first.graph.nodes if first < n < last and n not in besides)
+    return next((n for n in late if held & set(map(memory, written(n)))), None)
 
 
 def memory(node: fx.Node) -> Any:

@@ -25,7 +25,8 @@ from torch import fx
 
 from memopt._torch import OpOverload, pytree, size_expr
 from memopt.graph import OVERWRITES, aten, is_view, overwrites, packet_name, prims
-from memopt.kernels.linear_cross_entropy import IN_PLACE, REDUCED, Arguments, fits_in_place
+from memopt.kernels.in_place_gradient import IN_PLACE, fits_in_place
+from memopt.kernels.linear_cross_entropy import REDUCED, Arguments
 from memopt.pipeline import PassContext
 from memopt.remarks import RemarkKind
 
@@ -100,7 +101,7 @@ def _is_arithmetic(node: fx.Node) -> bool:
     if not isinstance(node.target, OpOverload) or node.target._schema.is_mutable:
         return False
     if node.target is prims.convert_element_type.default:
-        (source,) = node.all_input_nodes
+        source = node.all_input_nodes[0]  # the others are sizes
         return bool(source.meta["val"].dtype != node.meta["val"].dtype)
     if node.target in _PRODUCTS:
         return True

@@ -10,9 +10,11 @@ from torch import fx
 
 from memopt._torch import size_hint
 from memopt.emit import constant, emit, extent, shape_of, traced
+from memopt.kernels.blocks import default_chunk_rows
 from memopt.kernels.choice import Size, fastest_chunk_rows
-from memopt.kernels.head import default_chunk_rows, has_row_kernel
-from memopt.kernels.linear_cross_entropy import REDUCED, ROWS
+from memopt.kernels.chunks import has_row_kernel
+from memopt.kernels.cross_entropy_rows import ROWS
+from memopt.kernels.linear_cross_entropy import REDUCED
 from memopt.kernels.rows import IndexTargets
 from memopt.passes.heads import Head
 from memopt.passes.logits import Logits, rows_of

@@ -8,6 +8,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from memopt._torch import OpOverload
@@ -32,6 +33,13 @@ _WRITERS = frozenset(
     {"setitem", "triton_kernel_wrapper_mutation", "iadd", "isub", "imul", "itruediv", "ifloordiv"}
     | {"imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift", "irshift"}
 )
+# What writes without saying so, in its name or schema; instance norm calls it use_input_stats.
+_NORMS: Mapping[Any, str] = {
+    F.batch_norm: "input running_mean running_var weight bias training",
+    F.instance_norm: "input running_mean running_var weight bias training",
+    torch.batch_norm: "input weight bias running_mean running_var training",
+    torch.instance_norm: "input weight bias running_mean running_var training",
+}
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
@@ -70,8 +78,21 @@ def is_one(node: fx.Node) -> bool:
     return is_symbolic(node) or (tensor and math.prod(value.shape) == 1)
 
 
+def written(node: fx.Node) -> list[fx.Node]:
+    """The inputs that a node may write into: its running statistics, or any of them all."""
+    if node.target not in _NORMS:
+        return node.all_input_nodes if overwrites(node) else []
+    given = dict(zip(_NORMS[node.target].split(), node.args, strict=False)) | node.kwargs
+    statistics = (given.get("running_mean"), given.get("running_var"))
+    default = node.target is F.instance_norm
+    training = given.get("use_input_stats", given.get("training", default))
+    return [n for n in statistics if isinstance(n, fx.Node)] if training is not False else []
+
+
 def overwrites(node: fx.Node) -> bool:
     """Whether a node writes into one of its inputs."""
+    if node.target in _NORMS:
+        return bool(written(node))
     name = name_of(node)
     if isinstance(node.target, OpOverload):
         return bool(node.target._schema.is_mutable)

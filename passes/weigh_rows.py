@@ -27,7 +27,7 @@ from torch import fx
 
 from memopt.emit import emit, extent, shape_of, traced
 from memopt.graph import source_line
-from memopt.kernels import divergence, linear_cross_entropy
+from memopt.kernels import cross_entropy_rows, divergence
 from memopt.kernels.weighted_rows import CROSS_ENTROPY, DIVERGENCE, VALUES
 from memopt.passes.coefficients import Coefficients, Writer, picks
 from memopt.passes.heads import loosely, overwriter
@@ -42,7 +42,7 @@ from memopt.pipeline import PassContext
 from memopt.remarks import RemarkKind
 
 _WEIGHTED: Mapping[Any, Any] = {
-    linear_cross_entropy.ROWS: CROSS_ENTROPY,
+    cross_entropy_rows.ROWS: CROSS_ENTROPY,
     divergence.ROWS: DIVERGENCE,
 }
 # Readers that may as well read later.

@@ -15,10 +15,11 @@ from torch import nn
 
 from memopt.backend import read_options
 from memopt.lowering import lower_eagerly
+from memopt.outcome import Outcome
 from memopt.pipeline import PassContext
 from memopt.problem import Problem
 from memopt.schedule import Schedule
-from memopt.splitting import Outcome, Splitter
+from memopt.splitting import Splitter
 
 Tensor = torch.Tensor
 SIZE = 16

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS: tuple[str, ...] = (
     "errors remarks timeline units _torch",
+    "lazy_stamps",
     "_versions budget device graph plan ledger fusion emit lazy_rows storage_meter",
     "config joint record kernels lazy_rules",
     "schedule page mincut workspace lives lazy_logits losses",
@@ -22,6 +23,7 @@ LAYERS: tuple[str, ...] = (
     "regions chunking",
     "solve",
     "planner partition certify",
+    "outcome",
     "splitting",
     "proofs",
     "lowering diagnosis",

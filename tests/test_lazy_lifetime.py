@@ -133,3 +133,70 @@ def test_nothing_keeps_the_logits_alive() -> None:
             assert [w() for w in watched] == [None, None]
     finally:
         gc.enable()
+
+
+KEPT: dict[str, Use] = {
+    "detached": lambda x: x.detach(),
+    "a view, detached": lambda x: x[:, 1:].detach(),
+    "detached twice": lambda x: x.detach().float().detach(),
+    "made without gradients": torch.no_grad()(lambda x: x.float()),
+}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_what_has_no_gradient_does_not_keep_the_graph_alive(kept: str) -> None:
+    class Sine(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(saved := x + 0)
+            watched.append(weakref.ref(saved))
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx: Any, *g: torch.Tensor) -> torch.Tensor:
+            slope: torch.Tensor = ctx.saved_tensors[0].cos()
+            return g[0] * slope
+
+    watched: list[Any] = []
+    hidden, weight, bias = inputs()
+    sine = Sine.apply(hidden)  # type: ignore[no-untyped-call]
+    expected = KEPT[kept](F.linear(sine, weight, bias)).clone()
+    lazy = LazyLogits(sine, weight, bias)
+    mine = KEPT[kept](lazy)
+    assert watched[0]() is not None
+    gc.disable()
+    try:
+        del lazy, sine
+        assert watched[0]() is None
+    finally:
+        gc.enable()
+    torch.testing.assert_close(mine + 0, expected)
+
+
+@pytest.mark.parametrize("read_first", [False, True])
+@pytest.mark.parametrize("alive", [False, True])
+@pytest.mark.parametrize("through", ["itself", "detached"])
+def test_detached_logits_share_what_is_written(
+    read_first: bool, alive: bool, through: str
+) -> None:
+    results = []
+    for x in both()[:2]:
+        first, second = x.detach(), x[:, 1:].detach()
+        if read_first:
+            second.tolist()
+        with torch.no_grad():
+            (x if through == "itself" else first).mul_(2)
+        if not alive:
+            del x
+        results.append((first + 0, second + 0))
+    torch.testing.assert_close(*results)
+
+
+def test_entropy_of_detached_logits_stays_lazy() -> None:
+    lazy, eager, _ = both()
+    p, log_p = lazy.softmax(-1).detach(), lazy.log_softmax(-1).detach()
+    product = p * log_p
+    assert isinstance(product, LazyLogits)
+    torch.testing.assert_close(
+        product.sum(-1), (eager.softmax(-1) * eager.log_softmax(-1)).sum(-1)
+    )

@@ -1,6 +1,7 @@
 """Logits that are not there behave as the eager ones do, and cost less than that to have."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -275,3 +276,27 @@ def test_another_compiled_function_takes_them(backend: str, use: Use) -> None:
     for seed in range(3):
         lazy, eager, made = both(seed=seed)
         assert_same(compiled(lazy), use(eager), made)
+
+
+@pytest.mark.parametrize("wrong", [-1, V, 2**40])
+@pytest.mark.parametrize(
+    "picked",
+    [
+        lambda x, i: x.gather(-1, i),
+        lambda x, i: x.log_softmax(-1).gather(2, i),
+        lambda x, i: torch.gather(x[:, 1:], -1, i[:, 1:].expand(-1, -1, 3)),
+        lambda x, i: x.flatten(0, 1).gather(-1, i.flatten(0, 1)),
+        lambda x, i: x[1, 2].gather(-1, i[1, 2]),
+    ],
+)
+def test_an_index_out_of_bounds_fails_with_eagers_words(
+    picked: Callable[..., Any], wrong: int
+) -> None:
+    index = LABELS[..., None].clone()
+    index[1, 2] = wrong
+    lazy, eager, _ = both()
+    with pytest.raises(RuntimeError) as expected:
+        picked(eager, index)
+    with pytest.raises(RuntimeError) as mine:
+        picked(lazy, index)
+    assert str(mine.value) == str(expected.value)

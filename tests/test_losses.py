@@ -331,3 +331,13 @@ def test_what_does_not_fit_is_named_with_a_remedy(call: Callable[[], Tensor], wo
 def test_a_label_out_of_range_fails_as_in_eager_code() -> None:
     with pytest.raises(IndexError, match=r"Target 13 is out of bounds\."):
         linear_log_probs(H, W, T + CLASSES)
+
+
+def test_labels_may_be_bytes_as_in_eager_code() -> None:
+    hidden, weight, bias = head()
+    target = targets().clamp(min=0).to(torch.uint8)
+    mine = linear_cross_entropy(hidden, weight, target, bias, ignore_index=0)
+    plain = F.cross_entropy(
+        logits(hidden, weight, bias).flatten(0, 1), target.view(-1), ignore_index=0
+    )
+    assert_equal_in_float64([mine], [plain])

@@ -13,9 +13,10 @@ import torch
 pytest.importorskip("triton")
 
 from bench.triton.interpreter import install
+from memopt.kernels import chunks
 from memopt.kernels import cut_cross_entropy as cut
-from memopt.kernels import head
-from memopt.kernels.head import Head, run_chunks
+from memopt.kernels.chunks import run_chunks
+from memopt.kernels.head import Head
 from memopt.kernels.linear_cross_entropy import Arguments
 from memopt.kernels.rows import IndexTargets
 from tests.references import assert_draws_within_reference_error
@@ -102,7 +103,7 @@ class Case:
     def chunked(self) -> list[Tensor]:
         """The same by chunks, in eager code."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(head, "has_row_kernel", lambda loss, x: False)
+            patch.setattr(chunks, "has_row_kernel", lambda loss, x: False)
             return self._flat(run_chunks(self.layer, self.loss, 64, self.wanted, self.g, self.h))
 
     def _flat(self, results: tuple[Tensor, Tensor, Sequence[Tensor]]) -> list[Tensor]:

@@ -12,8 +12,9 @@ import torch
 pytest.importorskip("triton")
 
 from bench.triton.interpreter import install
-from memopt.kernels import head, triton_rows
-from memopt.kernels.head import Head, run_rows
+from memopt.kernels import chunks, triton_rows
+from memopt.kernels.chunks import run_rows
+from memopt.kernels.head import Head
 from memopt.kernels.rows import IndexTargets
 
 install()
@@ -87,5 +88,5 @@ class Rows:
 def eager_rows(*arguments: Any) -> tuple[Tensor, Tensor]:
     """``run_rows`` without the kernel, also where it could run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head, "has_row_kernel", lambda loss, x: False)
+        patch.setattr(chunks, "has_row_kernel", lambda loss, x: False)
         return run_rows(*arguments)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import memopt
 from memopt.kernels import choice
+from memopt.kernels.blocks import default_chunk_rows
 from memopt.kernels.choice import Size, fastest_chunk_rows
-from memopt.kernels.head import default_chunk_rows
 from memopt.passes import row_operators
 
 GPU = torch.device("cuda", 0)

@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 
 from memopt._torch import FakeTensorMode
 from memopt.errors import ConfigError
+from memopt.kernels import cross_entropy_rows, cut_launches, linear_cross_entropy
 from memopt.kernels import cut_cross_entropy as cut
-from memopt.kernels import cut_launches, linear_cross_entropy
 from tests.idle_kernels import IdleKernels
 from tests.kernels.cut_cases import FULL, Case, arguments
 from tests.references import LOW_PRECISION, assert_draws_within_reference_error
@@ -37,8 +37,8 @@ def test_the_operators_are_as_near_to_float64_as_chunks_are(
         return [
             value,
             *(gradient * factor for gradient in gradients),
-            *linear_cross_entropy.ROWS(*a),
-            *linear_cross_entropy.ROWS_BACKWARD(*a, case.g, case.h),
+            *cross_entropy_rows.ROWS(*a),
+            *cross_entropy_rows.ROWS_BACKWARD(*a, case.g, case.h),
         ]
 
     def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -71,8 +71,8 @@ def test_what_it_allocates_is_what_the_formula_says(
     for operator, args in (
         (linear_cross_entropy.REDUCED, (*a, True)),
         (linear_cross_entropy.REDUCED, (*frozen, True)),
-        (linear_cross_entropy.ROWS, a),
-        (linear_cross_entropy.ROWS_BACKWARD, (*a, g, g)),
+        (cross_entropy_rows.ROWS, a),
+        (cross_entropy_rows.ROWS_BACKWARD, (*a, g, g)),
     ):
         measured = scratch_of(partial(operator, *args))
         assert abs(linear_cross_entropy.scratch_bytes(*args) - measured) <= 16  # single numbers

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from bench.meter import Meter
 from memopt.errors import ConfigError
-from memopt.kernels.linear_cross_entropy import IN_PLACE, REDUCED, scratch_bytes
+from memopt.kernels.in_place_gradient import IN_PLACE
+from memopt.kernels.linear_cross_entropy import REDUCED, scratch_bytes
 
 TOKENS, HIDDEN, CLASSES = 96, 64, 300
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]

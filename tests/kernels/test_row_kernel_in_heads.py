@@ -9,8 +9,9 @@ import torch
 pytest.importorskip("triton")
 
 from memopt._torch import FakeTensorMode
-from memopt.kernels import head, linear_cross_entropy, triton_rows
-from memopt.kernels.head import Head, run_rows
+from memopt.kernels import chunks, cross_entropy_rows, linear_cross_entropy, triton_rows
+from memopt.kernels.chunks import run_rows
+from memopt.kernels.head import Head
 from memopt.kernels.rows import IndexTargets, RowLoss, SoftTargets
 from tests.kernels.row_cases import Rows, eager_rows
 from tests.scratch import assert_scratch_is
@@ -21,7 +22,7 @@ Tensor = torch.Tensor
 @pytest.fixture
 def row_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel runs on the CPU too, where it is interpreted."""
-    for module in (head, linear_cross_entropy):
+    for module in (chunks, linear_cross_entropy):
         monkeypatch.setattr(module, "has_row_kernel", lambda loss, x: loss is IndexTargets)
 
 
@@ -54,13 +55,13 @@ def test_the_operators_give_the_same_with_it(
     def results() -> list[Tensor]:
         return [
             *linear_cross_entropy.REDUCED(*shared, [True, True, False], True),
-            *linear_cross_entropy.ROWS(*shared, [False] * 3),
-            *linear_cross_entropy.ROWS_BACKWARD(*shared, [True, True, False], g, h),
+            *cross_entropy_rows.ROWS(*shared, [False] * 3),
+            *cross_entropy_rows.ROWS_BACKWARD(*shared, [True, True, False], g, h),
         ]
 
     expected = results()
     kernel = Mock(side_effect=triton_rows.run)
-    monkeypatch.setattr(head, "has_row_kernel", lambda loss, x: loss is IndexTargets)
+    monkeypatch.setattr(chunks, "has_row_kernel", lambda loss, x: loss is IndexTargets)
     monkeypatch.setattr(triton_rows, "run", kernel)
     for mine, plain in zip(results(), expected, strict=True):
         torch.testing.assert_close(mine, plain)
@@ -114,8 +115,8 @@ def test_it_runs_where_it_can(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(head, "_triton_is_installed", lambda: installed)
+    monkeypatch.setattr(chunks, "_triton_is_installed", lambda: installed)
     with FakeTensorMode():
         x = torch.empty(1, dtype=dtype, device="cuda")
-    assert head.has_row_kernel(loss, x) is expected
-    assert not head.has_row_kernel(loss, torch.empty(1, dtype=dtype))
+    assert chunks.has_row_kernel(loss, x) is expected
+    assert not chunks.has_row_kernel(loss, torch.empty(1, dtype=dtype))

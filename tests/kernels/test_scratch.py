@@ -8,12 +8,13 @@ import torch
 
 from memopt.kernels import divergence, linear_cross_entropy
 from memopt.kernels.divergence import Arguments
+from tests.references import LOW_PRECISION
 from tests.scratch import assert_scratch_is
 
 Tensor = torch.Tensor
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 @pytest.mark.parametrize("shape", [(64, 32, 2000, 16), (300, 64, 30000, 100), (270, 64, 8000, 30)])
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("ignored", [False, True])
@@ -69,6 +70,8 @@ SHAPES = [
     (torch.float32, (90, 16, 8, 35000, 64)),
     (torch.bfloat16, (90, 16, 8, 35000, 64)),
     (torch.bfloat16, (270, 32, 64, 3000, 30)),
+    (torch.float16, (90, 16, 8, 3500, 30)),
+    (torch.float16, (270, 32, 64, 3000, 30)),
 ]
 
 

@@ -170,6 +170,22 @@ def test_normalised_hidden_states_and_other_lengths(lowering: str) -> None:
             torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-6)
 
 
+def test_hidden_states_that_are_converted_under_sizes_that_vary() -> None:
+    def converted(head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
+        wide = hidden.reshape(-1, HIDDEN).double()
+        logits = F.linear(wide, head.weight.double())
+        return F.cross_entropy(logits, labels.reshape(-1))
+
+    model, inputs = made(converted)
+    for tensor in inputs:
+        torch._dynamo.mark_dynamic(tensor, 1)
+    run = torch.compile(model, backend="memopt", options=options("eager"))
+    for mine, plain in zip(
+        gradients(run, model, inputs), gradients(model, model, inputs), strict=True
+    ):
+        torch.testing.assert_close(mine, plain)
+
+
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_a_backward_may_run_twice_and_not_be_differentiated(lowering: str) -> None:
     model, inputs = made()

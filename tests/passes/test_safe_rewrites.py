@@ -230,3 +230,44 @@ def test_inference_mode_inside_the_graph_is_served() -> None:
     actual = run(inputs)
     assert records[0].rewrites["chunk_losses"] == 1
     torch.testing.assert_close(actual.item(), loss(inputs).item(), rtol=1e-12, atol=1e-12)
+
+
+def normalised(z: Tensor, mean: Tensor) -> Tensor:
+    return F.batch_norm(z, mean, torch.ones_like(mean), None, None, True)
+
+
+def normalised_by_name(z: Tensor, mean: Tensor) -> Tensor:
+    return F.batch_norm(z, running_var=torch.ones_like(mean), running_mean=mean, training=True)
+
+
+def normalised_by_row(z: Tensor, mean: Tensor) -> Tensor:
+    return F.instance_norm(z.view(1, CLASSES, -1), mean, torch.ones_like(mean))
+
+
+@pytest.mark.parametrize("norm", [normalised, normalised_by_name, normalised_by_row])
+def test_running_statistics_are_written_while_training(norm: Function) -> None:
+    i = Inputs()
+    bias = i.b.detach()
+
+    def loss(i: Inputs, mean: Tensor) -> Tensor:
+        z = F.linear(i.x, i.w, mean)
+        other = norm(torch.ones(TOKENS, CLASSES, dtype=torch.float64) * i.t.detach(), mean)
+        return F.cross_entropy(z, i.y) + other.sum()
+
+    run, records = compiled(loss)
+    torch.testing.assert_close(run(i, bias.clone()), loss(i, bias.clone()))
+    assert "overwrites an input of the head" in remarks(records)
+
+
+def test_running_statistics_are_read_and_no_more_in_evaluation() -> None:
+    i = Inputs()
+    variance = torch.ones(CLASSES, dtype=torch.float64)
+
+    def loss(i: Inputs, mean: Tensor) -> Tensor:
+        z = F.linear(i.x, i.w, mean)
+        other = F.batch_norm(torch.ones_like(i.w).T, mean, variance)
+        return F.cross_entropy(z, i.y) + other.sum()
+
+    run, records = compiled(loss)
+    torch.testing.assert_close(run(i, i.b.detach()), loss(i, i.b.detach()))
+    assert records[0].rewrites["chunk_losses"] == 1

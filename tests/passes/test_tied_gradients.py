@@ -78,6 +78,18 @@ def test_the_backward_holds_one_gradient_of_the_weight() -> None:
     assert peaks[0] < weight // 4 < weight <= peaks[1]  # besides the head's, made in the forward
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_plan_counts_one_gradient_of_the_weight_as_the_certificate_does(
+    dtype: torch.dtype,
+) -> None:
+    model, ids = made(dtype)
+    options = {"passes": {"chunk_losses": {"chunk_rows": 8}}}
+    (graph,) = memopt.explain(model, ids, options=options).graphs
+    weight = model.embedding.weight.nbytes
+    assert graph.predicted_peak_bytes < 1.25 * weight
+    assert graph.baseline_peak_bytes < 1.25 * weight
+
+
 def test_rows_are_added_up_and_rounded_once() -> None:
     index = torch.tensor([[1, 1, 4], [4, 1, 0]])
     counted = torch.tensor([[True, True, True], [True, True, False]])

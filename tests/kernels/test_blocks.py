@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from memopt.kernels.head import block_rows, default_chunk_rows, pieces
+from memopt.kernels.blocks import block_rows, default_chunk_rows, pieces
 
 
 def test_pieces_cover_every_row_once() -> None:
