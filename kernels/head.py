@@ -144,7 +144,7 @@ class Gradients:
                 if self.empty:
                     self.weight_VH.zero_()
                 for part in pieces(classes, block_rows(hidden, 4)):
-                    _add_exactly_(self.weight_VH[part], gradient_CV[:, part].t(), x_CH)
+                    _add_product_(self.weight_VH[part], gradient_CV[:, part].t(), x_CH)
             elif self.empty:
                 torch.mm(gradient_CV.t(), x_CH, out=self.weight_VH)
             else:
@@ -174,17 +174,14 @@ class Gradients:
         return x, weight, bias
 
 
-def _add_exactly_(sum_RH: Tensor, left_RC: Tensor, right_CH: Tensor) -> None:
-    """Add a product of float16 or bfloat16 to a float32 sum, where bfloat16 rounds no product.
+def _add_product_(sum_RH: Tensor, left_RC: Tensor, right_CH: Tensor) -> None:
+    """Add a product of float16 or bfloat16 to a float32 sum.
 
-    Elsewhere than in CUDA such a product has its factors' dtype. What bfloat16 has rounded away is
-    a product too: the same less the rounded one, since both are added up in float32. Float16 has
-    eight times the precision, and eager's gradients in it are further off than such sums are.
+    CUDA leaves the product in float32. Elsewhere it is rounded to its factors' dtype. The roundings
+    of all chunks together are as large as that of the whole product, which eager has alone, so with
+    the last one the sum is off by up to √2 of eager's error. To make up for them costs a product.
     """
     if left_RC.device.type == "cuda" and torch.version.hip is None:
         sum_RH.add_(torch.mm(left_RC, right_CH, out_dtype=torch.float32))
-        return
-    product = torch.mm(left_RC, right_CH)
-    sum_RH.add_(product)
-    if product.dtype == torch.bfloat16:
-        sum_RH.add_(product.addmm_(left_RC, right_CH, beta=-1))
+    else:
+        sum_RH.add_(torch.mm(left_RC, right_CH))

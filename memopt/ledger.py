@@ -5,6 +5,7 @@ budget. While graph 2 is being compiled, graph 1 has run forward and holds its s
 outputs until its backward runs: graph 2 must plan with what is left.
 """
 
+import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,8 +38,14 @@ class Ledger:
     _entries: list[Entry] = field(default_factory=list)
 
     def held_bytes(self) -> int:
-        """Bytes held now; forgets those whose backward has run or was abandoned."""
+        """Bytes held now; forgets those whose backward has run or was abandoned.
+
+        What only a reference cycle keeps, such as a frame that Dynamo gave up, is released.
+        """
         self._entries = [e for e in self._entries if _in_flight(e.node())]
+        if self._entries:
+            gc.collect()
+            self._entries = [e for e in self._entries if _in_flight(e.node())]
         return sum(e.held_bytes for e in self._entries)
 
     def earlier_peak_bytes(self, gradient_bytes: int) -> int:

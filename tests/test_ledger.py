@@ -44,6 +44,14 @@ def test_an_abandoned_forward_is_forgotten() -> None:
     assert ledger.held_bytes() == 0
 
 
+def test_what_only_a_cycle_keeps_is_released() -> None:
+    ledger = Ledger()
+    cycle: list[object] = ledger.tracked(scale, 100, 0)(leaf())
+    cycle.append(cycle)
+    del cycle
+    assert ledger.held_bytes() == 0
+
+
 def test_a_retained_graph_still_holds_its_bytes() -> None:
     ledger = Ledger()
     (y,) = ledger.tracked(scale, 100, 0)(leaf())

@@ -1,4 +1,4 @@
-"""Gradients that are added up over chunks are off by what eager's are off by, and by no more."""
+"""Gradients that are added up in float32 are off by what one rounding per chunk comes to."""
 
 import pytest
 import torch
@@ -38,11 +38,15 @@ def errors(dtype: torch.dtype, rows: int, chunks: int, seed: int) -> Tensor:
     ids=str,
 )
 @pytest.mark.parametrize("rows", [1024, 3200])
-def test_sums_in_float32_add_nothing_to_eagers_error(
+def test_roundings_of_all_chunks_are_as_large_as_that_of_the_whole(
     dtype: torch.dtype, chunks: int, rows: int
 ) -> None:
-    """But what the order of a float32 sum of so many rows does to it."""
+    """Squares add up: eager rounds the whole product once, a sum its parts and then itself.
+
+    Beyond that there is what the order of a float32 sum of so many rows does.
+    """
     draws = [errors(dtype, rows, chunks, seed) for seed in range(3)]
     mine, eager, norm = torch.stack(draws).sum(0).sqrt()
     order = torch.finfo(torch.float32).eps * rows**0.5 * norm
-    assert (mine <= eager + order).all(), f"{mine / eager} of eager's error"
+    roundings = torch.tensor([1.0, 2**0.5])  # of the hidden states' gradient, and the weight's
+    assert (mine <= roundings * eager + order).all(), f"{mine / eager} of eager's error"
