@@ -177,9 +177,9 @@ class Gradients:
 def _add_product_(sum_RH: Tensor, left_RC: Tensor, right_CH: Tensor) -> None:
     """Add a product of float16 or bfloat16 to a float32 sum.
 
-    CUDA leaves the product in float32. Elsewhere it is rounded to its factors' dtype. The roundings
-    of all chunks together are as large as that of the whole product, which eager has alone, so with
-    the last one the sum is off by up to √2 of eager's error. To make up for them costs a product.
+    CUDA leaves the product in float32. Elsewhere it is rounded to its factors' dtype. The
+    roundings of all chunks together are as large as that of the whole product, which eager has
+    alone, so with the last one the sum is off by up to √2 of eager's error.
     """
     if left_RC.device.type == "cuda" and torch.version.hip is None:
         sum_RH.add_(torch.mm(left_RC, right_CH, out_dtype=torch.float32))
