@@ -120,7 +120,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with ``+dirty`` if files differ from it; None outside of git."""
+    """The checkout's commit, ``+dirty`` if more than results differ; None outside of git."""
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -129,7 +129,8 @@ def _commit() -> str | None:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain") else "")
+        changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)bench/results")
+        return git("rev-parse", "HEAD") + ("+dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
