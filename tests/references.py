@@ -16,18 +16,28 @@ LOW_PRECISION = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def assert_within_reference_error(
-    actual: Sequence[Tensor], float64: Sequence[Tensor], low_precision: Sequence[Tensor]
+    actual: Sequence[Tensor],
+    float64: Sequence[Tensor],
+    low_precision: Sequence[Tensor],
+    *,
+    times: float = 1.0,
 ) -> None:
     """Each result must be as near to the float64 one as plain code in low precision is.
 
     Distances are norms over the whole tensor. To both is added what writing the exact result down
     in the dtype of ``actual`` may cost, half a unit in the last place: a number that eager hits by
     luck need not be hit.
+
+    Args:
+        actual: the results to check.
+        float64: the exact ones.
+        low_precision: those of plain code.
+        times: how many times the distance of plain code is allowed.
     """
     for mine, exact, plain in zip(actual, float64, low_precision, strict=True):
         unit = torch.finfo(mine.dtype).eps / 2 * exact.norm().item()
         error = (mine.double() - exact).norm().item()
-        allowed = (plain.double() - exact).norm().item() + unit
+        allowed = times * (plain.double() - exact).norm().item() + unit
         assert error <= allowed, f"off by {error:.3e}; eager with rounding is by {allowed:.3e}"
 
 

@@ -37,7 +37,11 @@ def assert_trains_within_reference_error(
     low_precision: tuple[Any, nn.Module],
     draws: Iterable[dict[str, Tensor]],
 ) -> None:
-    """Every parameter's gradient, over several inputs at once, is within the reference's error.
+    """The gradient, over several inputs at once, is within the reference's error.
+
+    All parameters' together, as one vector, within that error itself. A single parameter's, which
+    may be a number or two, within three times it, as in torch's own check of compiled models
+    (``torch._dynamo.utils.same``).
 
     Args:
         actual: what is trained, compiled, and the module that its gradients are left in.
@@ -57,7 +61,9 @@ def assert_trains_within_reference_error(
             model.load_state_dict(start)
     names = list(sides[1][0])
     assert names, "nothing is trained"
-    assert all(list(step) == names for side in sides for step in side)
+    assert all(step.keys() == set(names) for side in sides for step in side)
+    whole = [[torch.cat([step[n].flatten() for step in side for n in names])] for side in sides]
+    assert_within_reference_error(*whole)
     for name in names:
-        mine, exact, plain = ([torch.stack([step[name] for step in side])] for side in sides)
-        assert_within_reference_error(mine, exact, plain)
+        single = [[torch.stack([step[name] for step in side])] for side in sides]
+        assert_within_reference_error(*single, times=3.0)

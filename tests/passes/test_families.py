@@ -35,7 +35,7 @@ def matched(family: Family) -> bool:
         return compile_graph(gm, example_inputs, config, records.append)
 
     compiled = torch.compile(model, backend=backend)
-    draws = (family.make(seed, vocab=512)[1] for seed in range(5))
+    draws = (family.make(seed, vocab=512)[1] for seed in range(2))
     assert_trains_within_reference_error((compiled, model), (exact, exact), (model, model), draws)
     return any(record.rewrites["chunk_losses"] for record in records)
 
@@ -47,11 +47,13 @@ def test_softcaps_factors_scans_and_routers_are_matched(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_every_family_that_trains_has_eagers_gradients_and_nearly_every_one_is_matched() -> None:
-    trained = [family for family in CAUSAL_LMS if trains_in_eager(family) is None]
-    found = {}
-    for family in trained:
-        torch._dynamo.reset()
-        found[family.name] = matched(family)
-    assert {name for name, fired in found.items() if not fired} <= UNMATCHED.keys()
-    assert sum(found.values()) >= 0.95 * len(trained)
+@pytest.mark.parametrize("family", CAUSAL_LMS, ids=lambda family: family.name)
+def test_every_family_has_eagers_gradients_and_is_matched(family: Family) -> None:
+    if reason := trains_in_eager(family):
+        pytest.skip(f"does not train in eager: {reason}")
+    torch._dynamo.reset()
+    assert matched(family) == (family.name not in UNMATCHED)
+
+
+def test_nearly_every_family_is_one_that_is_matched() -> None:
+    assert len(UNMATCHED) <= 0.02 * len(CAUSAL_LMS)
