@@ -3,8 +3,8 @@
 Operators start with enough rows that their products run at full speed. Where a plan does not fit
 and such an operator holds the peak, its chunks are halved and the graph is planned again, down to
 a size below which nothing is gained. An operator that can do without logits in memory does so
-after that: its ``chunk_rows`` is then 0. Where a plan leaves room chunks are doubled, up to all
-rows.
+after that: its ``chunk_rows`` is then 0. Where a plan leaves room the chunks that memopt chose are
+doubled, as long as products gain from it.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,9 +14,12 @@ from torch import fx
 from memopt._torch import OpOverload, pytree, size_hint
 from memopt.joint import JointGraph
 from memopt.kernels import cut_table
+from memopt.kernels.blocks import default_chunk_rows
 from memopt.problem import Candidate
 
 LEAST_ROWS = 16
+# On a CPU more rows than this were no faster, and slower where they no longer fit its caches.
+_MOST_CPU_ROWS = 1024
 
 
 def halve_chunks(joint: JointGraph, candidate: Candidate) -> bool:
@@ -42,28 +45,40 @@ def halve_chunks(joint: JointGraph, candidate: Candidate) -> bool:
     return True
 
 
-def double_chunks(joint: JointGraph, fits: Callable[[], bool]) -> None:
+def double_chunks(joint: JointGraph, fits: Callable[[], bool], *, on_cpu: bool) -> None:
     """Double the rows of a chunk of every operator as often as the graph still fits.
+
+    Operators whose rows were asked for by the user keep them.
 
     Args:
         joint: the graph.
         fits: whether it does as it is now; asked after every change.
+        on_cpu: whether the graph runs on one.
     """
     for node in joint.nodes:
         place = _place(node)
-        rows = None if place is None else node.args[place]
-        while place is not None and isinstance(rows, int) and 0 < rows < _all_rows(node):
-            node.update_arg(place, min(2 * rows, _all_rows(node)))
+        if place is None or node.args[place] != _default_rows(node):
+            continue
+        rows, all_rows = _default_rows(node), _all_rows(node)
+        most = min(all_rows, _MOST_CPU_ROWS) if on_cpu else all_rows
+        while rows < most:
+            node.update_arg(place, min(2 * rows, most))
             if not fits():
                 node.update_arg(place, rows)
                 break
-            rows = node.args[place]
+            rows = min(2 * rows, most)
 
 
 def _all_rows(node: fx.Node) -> int:
     """Rows of a chunked operator's first input, as many as tracing saw."""
-    rows: int = size_hint(node.all_input_nodes[0].meta["val"].shape[0])
+    rows: int = size_hint(node.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
     return rows
+
+
+def _default_rows(node: fx.Node) -> int:
+    """Rows of a chunk of an operator for which nobody asked for any."""
+    against = node.args[1].meta["val"]  # type: ignore[union-attr]  # what meets every row
+    return default_chunk_rows(_all_rows(node), size_hint(against.shape[0]), against.device)
 
 
 def _can_be_cut(node: fx.Node) -> bool:

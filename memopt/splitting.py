@@ -99,7 +99,8 @@ class Splitter:
     def _plan(self, gm: fx.GraphModule, joint: JointGraph, info: NodeInfo) -> Outcome:
         """Plan; where the peak is too high in a chunked operator, halve its chunks and again.
 
-        Chunks are doubled where the budget leaves room, on a device whose products gain from it.
+        Chunks are doubled where that costs no byte: within the budget or, with none, below the
+        peak of the rest of the step.
         """
         start = time.perf_counter()
         outcome = best = self._search(gm, joint, info)
@@ -111,24 +112,26 @@ class Splitter:
             if outcome.chosen.peak_bytes < best.chosen.peak_bytes:
                 best, rows = outcome, chunk_rows(joint)
         set_chunk_rows(joint, rows)
-        if best.fits and best.problem.cost.device.name != "cpu" and self.config.plan is None:
+        if best.fits and self.config.plan is None:
             best = self._with_larger_chunks(joint, best)
         return replace(best, seconds=time.perf_counter() - start)
 
     def _with_larger_chunks(self, joint: JointGraph, outcome: Outcome) -> Outcome:
-        """The same plan with as few chunks as its budget allows."""
+        """The same plan with as few chunks as its budget allows or, with none, its peak."""
         aim = self._aim(outcome.limit_bytes)
+        if aim is None:
+            aim = outcome.chosen.peak_bytes
         grown = [outcome]
 
         def fits() -> bool:
             problem = Problem(joint, outcome.problem.cost)
             chosen = problem.evaluate(outcome.chosen.saved, outcome.chosen.origin)
-            if aim is None or chosen.peak_bytes > aim:
+            if chosen.peak_bytes > aim:
                 return False
             grown.append(replace(outcome, problem=problem, chosen=chosen))
             return True
 
-        double_chunks(joint, fits)
+        double_chunks(joint, fits, on_cpu=outcome.problem.cost.device.name == "cpu")
         return grown[-1]
 
     def _aim(self, limit_bytes: int | None) -> int | None:

@@ -68,23 +68,56 @@ def test_what_no_chunk_reaches_is_infeasible() -> None:
     assert caught.value.floor_bytes > gradient_bytes
 
 
-@pytest.mark.parametrize(
-    ("device", "budget", "expected"),
-    [("h100", "64MiB", TOKENS), ("h100", "4MiB", 128), ("h100", None, 32), ("cpu", "64MiB", 32)],
-)
-def test_room_in_the_budget_makes_fewer_chunks_where_products_gain_from_it(
-    device: str, budget: str | None, expected: int
-) -> None:
-    model, x, y = made()
+def planned_rows(
+    budget: str | None, device: str, *, asked: int | None = None, besides: int = 1
+) -> int:
+    """Rows of a chunk of 2048 after planning, by default 512.
+
+    Args:
+        budget: the option ``memory_budget``.
+        device: the option ``device``.
+        asked: rows that the caller asks for.
+        besides: values that are alive while the loss is not.
+    """
+    model, x, y = made(tokens=2048, classes=500)
 
     def loss(x: Tensor) -> Tensor:
-        return linear_cross_entropy(x, model.head.weight, y, chunk_rows=32)
+        rest = x.new_ones(besides).cumsum(0).cumsum(0).sum()
+        return linear_cross_entropy(x, model.head.weight, y, chunk_rows=asked) + rest
 
     captured = lowered(loss, memory_budget=budget, device=device)
     captured(x.requires_grad_())
     (outcome,) = captured.splits[0].outcomes
-    assert list(outcome.plan.chunk_rows.values()) == [expected]
     assert outcome.limit_bytes is None or outcome.chosen.peak_bytes <= outcome.limit_bytes
+    (rows,) = outcome.plan.chunk_rows.values()
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("device", "budget", "expected"),
+    [
+        ("h100", "64MiB", 2048),
+        ("h100", "3MiB", 1024),
+        ("h100", None, 512),
+        ("cpu", "64MiB", 1024),
+        ("cpu", None, 512),
+    ],
+)
+def test_room_in_the_budget_makes_fewer_chunks_where_products_gain_from_it(
+    device: str, budget: str | None, expected: int
+) -> None:
+    assert planned_rows(budget, device) == expected
+
+
+def test_rows_that_were_asked_for_are_kept_where_there_is_room() -> None:
+    assert planned_rows("64MiB", "h100", asked=32) == 32
+
+
+@pytest.mark.parametrize(("besides", "expected"), [(1, 512), (10**7, 1024)])
+def test_without_a_budget_chunks_grow_below_the_peak_of_the_rest(
+    besides: int, expected: int
+) -> None:
+    assert planned_rows(None, "cpu", besides=besides) == expected
 
 
 def test_below_the_smallest_chunk_there_are_no_logits_where_the_operator_can_do_without(
