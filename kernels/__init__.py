@@ -8,6 +8,10 @@ if __name__ != "memopt.kernels":
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from memopt.kernels.spec import KernelSpec
 
 _FORMS = ("", "_rows", "_rows_backward", "_weighted")
 _CROSS_ENTROPIES = [f"memopt.linear_cross_entropy{form}" for form in (*_FORMS, "_kept")]
@@ -17,7 +21,13 @@ _DIVERGENCES = [f"memopt.linear_divergence{form}" for form in _FORMS]
 @functools.cache
 def scratch_table() -> Mapping[str, Callable[..., int]]:
     """What each operator allocates besides its results, in bytes, from its arguments."""
-    from memopt.kernels import contrastive, divergence, embedding_gradient, linear_cross_entropy
+    from memopt.kernels import (
+        contrastive,
+        divergence,
+        embedding_gradient,
+        linear_cross_entropy,
+        norm,
+    )
 
     return {
         **dict.fromkeys(_CROSS_ENTROPIES, linear_cross_entropy.scratch_bytes),
@@ -26,7 +36,17 @@ def scratch_table() -> Mapping[str, Callable[..., int]]:
         "memopt.contrastive": contrastive.scratch_bytes,
         "memopt.embedding_gradient": embedding_gradient.scratch_bytes,
         "memopt.embedding_rows": embedding_gradient.rows_scratch_bytes,
+        "memopt.norm": norm.scratch_bytes,
+        "memopt.norm_backward": norm.backward_scratch_bytes,
     }
+
+
+@functools.cache
+def specs() -> tuple["KernelSpec", ...]:
+    """What every kernel that is one operator states of itself."""
+    from memopt.kernels import norm
+
+    return norm.SPEC, norm.BACKWARD_SPEC
 
 
 @functools.cache

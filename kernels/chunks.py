@@ -9,8 +9,6 @@ Legend: ``N`` tokens, ``H`` hidden size, ``V`` vocabulary, ``C`` rows of a chunk
 block.
 """
 
-import functools
-import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor
 from memopt.kernels.blocks import block_rows, pieces
 from memopt.kernels.head import MAX_ROUNDINGS, Gradients, Head
 from memopt.kernels.rows import CrossEntropy, IndexTargets, RowLoss, log_sum_exp
+from memopt.kernels.serving import serves
 
 # Numbers per row of a chunk that a row loss holds at most: values, normalisers, targets, factors.
 _VECTORS = 9
@@ -208,16 +207,4 @@ def has_row_kernel(loss: type[RowLoss], x: Tensor) -> bool:
         loss: what is computed of each row.
         x: a tensor, fake or real, of the dtype and on the device of the products.
     """
-    return (
-        issubclass(loss, IndexTargets)
-        and x.device.type == "cuda"
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and _triton_is_installed()
-        and torch.cuda.is_available()
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    )
-
-
-@functools.cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return issubclass(loss, IndexTargets) and serves(x)

@@ -8,16 +8,19 @@
    uses the tensor cores where it should.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from bench.triton.ahead import TARGETS, Report, Target, compile_for
 from bench.triton.mode import interpreting
 from bench.triton.trace import Launch, trace
+from memopt.kernels.spec import KernelSpec
 
 # Sectors at the ends of rows, and values of a few bytes, are not in what a kernel declares.
 _SLACK = 1.02
@@ -93,6 +96,62 @@ def check(
     return found
 
 
+def check_spec(
+    spec: KernelSpec, arguments: Sequence[Any], targets: Sequence[Target] = ()
+) -> list[str]:
+    """What is wrong with a kernel that states what it does; an empty list lets it pass.
+
+    Its launches are compiled as they were seen.
+
+    Args:
+        spec: the kernel.
+        arguments: one of its samples.
+        targets: what to compile it for.
+    """
+    plain = spec.plain(*arguments)
+    exact = spec.plain(*pytree.tree_map_only(Tensor, _to_float64, arguments))
+    tensors = [t for t in (*pytree.tree_leaves(arguments), *plain) if isinstance(t, Tensor)]
+    ideal = sum(t.nbytes for t in tensors)
+    traffic = Traffic(dram_bytes=ideal, l2_bytes=int(ideal * spec.l2_share))
+
+    def run() -> Sequence[Tensor]:
+        with uninitialised_is_nan():
+            return spec.launch(*arguments)
+
+    with trace() as launches:
+        run()
+    found = check(run, exact, plain, traffic)
+    for launch in launches:
+        for target in targets:
+            build = Build(
+                kernel=launch.kernel, arguments=_for(target, launch.arguments), options={}
+            )
+            found += [f"{launch.name}: {problem}" for problem in code(build, [target])]
+    return found
+
+
+@contextlib.contextmanager
+def uninitialised_is_nan() -> Iterator[None]:
+    """Within it, new tensors hold NaN, so that what a kernel leaves out is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _to_float64(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t
+
+
+def _for(target: Target, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A launch's arguments on another device: AMD's wavefronts are two warps."""
+    if not isinstance(target, str):
+        return arguments
+    return {**arguments, "num_warps": max(1, arguments["num_warps"] // 2)}
+
+
 def numbers(
     results: Sequence[Tensor], float64: Sequence[Tensor], low_precision: Sequence[Tensor]
 ) -> list[str]:
@@ -112,14 +171,14 @@ def numbers(
 def memory(launches: Sequence[Launch], traffic: Traffic) -> list[str]:
     """Conflicts, and more traffic than declared."""
     found = [
-        f"{launch.kernel}: {conflict}" for launch in launches for conflict in launch.conflicts
+        f"{launch.name}: {conflict}" for launch in launches for conflict in launch.conflicts
     ]
     for name, declared in (("dram", traffic.dram_bytes), ("l2", traffic.l2_bytes)):
         moved = sum(getattr(launch, f"{name}_bytes") for launch in launches)
         if moved > _SLACK * declared:
             found.append(f"moves {moved} bytes of {name}, and declares {declared}")
     found += [
-        f"{launch.kernel}: asks for {launch.coalescing:.2f} of the sectors that it moves"
+        f"{launch.name}: asks for {launch.coalescing:.2f} of the sectors that it moves"
         for launch in launches
         if launch.coalescing < traffic.coalescing
     ]

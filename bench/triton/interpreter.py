@@ -136,7 +136,7 @@ def _interpreted_launch(original: Callable[..., Any]) -> Callable[..., Any]:
         function, observer = _interpreted(self.fn), MODE.get().observer
         if observer is not None:
             named = dict(zip(function.arg_names, args, strict=False))
-            observer.begin(self.fn.__name__, {**named, **kwargs})
+            observer.begin(self, {**named, **kwargs})
         with knobs.runtime.scope(), np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, about maxima of NaN
             knobs.runtime.interpret = True

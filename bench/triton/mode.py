@@ -16,8 +16,8 @@ Access = Literal["load", "store", "atomic"]
 class Observer(Protocol):
     """What is told about a launch while it runs."""
 
-    def begin(self, kernel: str, arguments: Mapping[str, Any]) -> None:
-        """A launch with these arguments starts."""
+    def begin(self, kernel: Any, arguments: Mapping[str, Any]) -> None:
+        """A launch of a jitted function with these arguments and options starts."""
 
     def program(self, index: int) -> None:
         """The program of this number, counted from 0 in the order of the grid, starts."""

@@ -46,7 +46,8 @@ class Launch:
     """What one launch did.
 
     Attributes:
-        kernel: its name.
+        kernel: the jitted function.
+        arguments: by name, and the launch's options.
         programs: how many ran.
         requested_bytes: asked for by lanes that are not masked.
         l2_bytes: in whole sectors of 32 bytes, each instruction by itself: traffic between the
@@ -56,12 +57,19 @@ class Launch:
         conflicts: the first few.
     """
 
-    kernel: str
+    kernel: Any
+    arguments: Mapping[str, Any]
     programs: int = 0
     requested_bytes: int = 0
     l2_bytes: int = 0
     dram_bytes: int = 0
     conflicts: list[Conflict] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The kernel's."""
+        name: str = self.kernel.fn.__name__
+        return name
 
     @property
     def coalescing(self) -> float:
@@ -110,8 +118,8 @@ class Tracer:
     def __init__(self) -> None:
         self.launches: list[Launch] = []
 
-    def begin(self, kernel: str, arguments: Mapping[str, Any]) -> None:
-        self.launches.append(Launch(kernel=kernel))
+    def begin(self, kernel: Any, arguments: Mapping[str, Any]) -> None:
+        self.launches.append(Launch(kernel=kernel, arguments=arguments))
         self._regions = _regions(arguments)
         self._starts = np.array([region.start for region in self._regions], np.uint64)
         self._program, self._barriers = -1, 0
@@ -155,7 +163,7 @@ class Tracer:
         if outside.any():
             first = int(addresses[outside][0])
             raise OutOfBoundsError(
-                f"{self.launches[-1].kernel}, program {self._program}: {kind} of {itemsize} bytes "
+                f"{self.launches[-1].name}, program {self._program}: {kind} of {itemsize} bytes "
                 f"in {int(outside.sum())} lanes outside every argument; the first is "
                 f"{first - region.stop:+d} bytes from the end of {region.name!r}, "
                 f"which has {region.stop - region.start}"

@@ -1,0 +1,46 @@
+"""Where Triton kernels run: on GPUs that Triton knows well, if it is installed."""
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def serves(x: Tensor) -> bool:
+    """Whether a Triton kernel runs on such a tensor: NVIDIA's GPUs since Ampere, and AMD's.
+
+    Args:
+        x: fake or real.
+    """
+    return (
+        x.device.type == "cuda"
+        and x.dtype in _DTYPES
+        and _triton_is_installed()
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    )
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def processors(x: Tensor) -> int:
+    """How many programs run at a time where a tensor is; a few where kernels are interpreted."""
+    if x.device.type != "cuda":
+        return 2
+    return int(torch.cuda.get_device_properties(x.device).multi_processor_count)
+
+
+def warps(threads: int) -> int:
+    """How many warps, or wavefronts on an AMD GPU, so many threads are.
+
+    Args:
+        threads: a power of two.
+    """
+    size = 32 if torch.version.hip is None else 64
+    return max(1, threads // size)

@@ -1,0 +1,49 @@
+"""What a kernel states of itself: one gate holds every kernel to it.
+
+A kernel is an operator with two implementations of the same arguments and results. ``plain`` is
+PyTorch code: it defines the numbers, is exact in float64, and runs where Triton does not.
+``launch`` is Triton code, which runs on a GPU.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memopt.kernels.serving import serves
+
+Results = tuple[Tensor, ...]
+Arguments = tuple[Any, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSpec:
+    """One kernel.
+
+    Attributes:
+        name: of the operator, with its namespace: ``"memopt::norm"``.
+        plain: the operator in PyTorch code. Results that are left out have no entries.
+        launch: the operator in Triton code.
+        samples: arguments to try for a dtype, on the CPU, the usual ones first; sizes that fit
+            no block, strides and left-out arguments among them.
+        l2_share: sectors that programs move to and from the shared cache, over those that move
+            to and from memory: above 1 where several programs read the same.
+        source: the paper or system that the kernel comes from.
+    """
+
+    name: str
+    plain: Callable[..., Results]
+    launch: Callable[..., Results]
+    samples: Callable[[torch.dtype], Iterable[Arguments]]
+    l2_share: float = 1.0
+    source: str
+
+    def __call__(self, *args: Any) -> Results:
+        """Run the implementation that serves where the first argument is."""
+        return (self.launch if serves(args[0]) else self.plain)(*args)
+
+    def implement(self) -> None:
+        """Make this the operator's implementation on every device."""
+        torch.library.impl(self.name, "default", self.__call__)

@@ -1,0 +1,283 @@
+"""The Triton code of `memopt.kernels.norm`, whose ``plain`` is its reference.
+
+A program of the forward holds a few rows; one of the backward goes over many and keeps the sums
+of the weight's and the bias's gradients in registers, which one more sum over programs ends. All
+sums are in a fixed order.
+
+Legend: ``N`` rows, ``H`` entries of a row, ``P`` programs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from memopt.kernels.serving import processors, warps
+from memopt.kernels.spec import Results
+
+# Entries that a program holds at a time. The backward's programs are fewer: they are to have as
+# many bytes on their way together as memory needs to be busy.
+_FORWARD_TILE = 2048
+_BACKWARD_TILE = 4096
+_PROGRAMS_PER_PROCESSOR = 2
+_PER_THREAD = 8  # entries, 128 bits of bfloat16
+
+
+@triton.jit
+def _vector(ptr, columns, width, offset):
+    """A row of parameters in float32, 0 beyond the last one."""
+    return tl.load(ptr + columns, mask=columns < width, other=0.0).to(tl.float32) + offset
+
+
+@triton.jit
+def norm_forward(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    total_ptr,
+    mean_ptr,
+    rstd_ptr,
+    rows,
+    width,
+    x_row,
+    residual_row,
+    eps,
+    offset,
+    CENTRED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Norms of a few rows.
+
+    Args:
+        x_ptr: `(N, H)`.
+        residual_ptr: `(N, H)`, or None.
+        weight_ptr: `(H,)`, or None.
+        bias_ptr: `(H,)`, or None.
+        y_ptr: `(N, H)`, contiguous; takes the norm.
+        total_ptr: `(N, H)`, contiguous; takes the sum where there is a residual.
+        mean_ptr: `(N,)`; takes the means where they are subtracted.
+        rstd_ptr: `(N,)`; takes the reciprocal standard deviations.
+        rows: ``N``.
+        width: ``H``.
+        x_row: elements from one row of ``x_ptr`` to the next.
+        residual_row: the same of ``residual_ptr``.
+        eps: added to the variance.
+        offset: added to the weight.
+        CENTRED: whether the mean is subtracted.
+        ROWS: rows of a program, a power of two.
+        BLOCK: ``width``, rounded up to a power of two.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (columns < width)[None, :]
+    place = row[:, None] * width + columns[None, :]
+    z = tl.load(x_ptr + row[:, None] * x_row + columns[None, :], mask=inside, other=0.0)
+    z = z.to(tl.float32)
+    if residual_ptr is not None:
+        there = residual_ptr + row[:, None] * residual_row + columns[None, :]
+        z += tl.load(there, mask=inside, other=0.0).to(tl.float32)
+        rounded = z.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + place, rounded, mask=inside)
+        z = rounded.to(tl.float32)
+    if CENTRED:
+        mean = tl.sum(z, axis=1) / width
+        tl.store(mean_ptr + row, mean, mask=row < rows)
+        z = tl.where(inside, z - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(z * z, axis=1) / width + eps)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+    y = z * rstd[:, None]
+    if weight_ptr is not None:
+        y *= _vector(weight_ptr, columns, width, offset)[None, :]
+    if bias_ptr is not None:
+        y += _vector(bias_ptr, columns, width, 0.0)[None, :]
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def norm_backward(
+    dy_ptr,
+    dtotal_ptr,
+    total_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    y_ptr,
+    rows,
+    width,
+    dy_row,
+    dtotal_row,
+    total_row,
+    offset,
+    rows_each,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradients of the rows of one program.
+
+    Args:
+        dy_ptr: `(N, H)`.
+        dtotal_ptr: `(N, H)`, or None.
+        total_ptr: `(N, H)`.
+        weight_ptr: `(H,)`, or None.
+        bias_ptr: `(H,)`, or None; read where ``y_ptr`` is given.
+        mean_ptr: `(N,)`, or None where it was not subtracted.
+        rstd_ptr: `(N,)`.
+        dx_ptr: `(N, H)`, contiguous; takes the gradient of the sum.
+        dweight_ptr: `(P, H)`, float32; takes the program's part of the weight's, or None.
+        dbias_ptr: `(P, H)`, float32; the same of the bias's, or None.
+        y_ptr: `(N, H)`, contiguous; takes the norm once more, or None.
+        rows: ``N``.
+        width: ``H``.
+        dy_row: elements from one row of ``dy_ptr`` to the next.
+        dtotal_row: the same of ``dtotal_ptr``.
+        total_row: the same of ``total_ptr``.
+        offset: added to the weight.
+        rows_each: rows of a program.
+        ROWS: rows that are worked on at a time, a power of two.
+        BLOCK: ``width``, rounded up to a power of two.
+    """
+    program = tl.program_id(0)
+    first = program.to(tl.int64) * rows_each
+    last = tl.minimum(first + rows_each, rows)
+    columns = tl.arange(0, BLOCK)
+    of_weight = tl.zeros((ROWS, BLOCK), tl.float32)
+    of_bias = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, rows_each, ROWS):
+        row = first + start + tl.arange(0, ROWS)
+        inside = (row < last)[:, None] & (columns < width)[None, :]
+        place = row[:, None] * width + columns[None, :]
+        there = row[:, None] * total_row + columns[None, :]
+        normal = tl.load(total_ptr + there, mask=inside, other=0.0).to(tl.float32)
+        there = row[:, None] * dy_row + columns[None, :]
+        g = tl.load(dy_ptr + there, mask=inside, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row, mask=row < last, other=0.0)[:, None]
+        if mean_ptr is not None:
+            normal -= tl.load(mean_ptr + row, mask=row < last, other=0.0)[:, None]
+            normal = tl.where(inside, normal, 0.0)
+        normal *= rstd
+        if dweight_ptr is not None:
+            of_weight += g * normal
+        if dbias_ptr is not None:
+            of_bias += g
+        if y_ptr is not None:
+            y = normal
+            if weight_ptr is not None:
+                y *= _vector(weight_ptr, columns, width, offset)[None, :]
+            if bias_ptr is not None:
+                y += _vector(bias_ptr, columns, width, 0.0)[None, :]
+            tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
+        if weight_ptr is not None:
+            g *= _vector(weight_ptr, columns, width, offset)[None, :]
+        dx = g - normal * (tl.sum(g * normal, axis=1) / width)[:, None]
+        if mean_ptr is not None:
+            dx -= (tl.sum(g, axis=1) / width)[:, None]
+        dx *= rstd
+        if dtotal_ptr is not None:
+            there = row[:, None] * dtotal_row + columns[None, :]
+            dx += tl.load(dtotal_ptr + there, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    there = program * width + columns
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + there, tl.sum(of_weight, axis=0), mask=columns < width)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + there, tl.sum(of_bias, axis=0), mask=columns < width)
+
+
+def _tile(width: int, entries: int) -> tuple[int, int, int]:
+    """Rows that a program holds at a time, entries of each, and warps."""
+    block = triton.next_power_of_2(width)
+    rows = max(1, entries // block)
+    return rows, block, warps(max(32, rows * block // _PER_THREAD))
+
+
+def programs(x: Tensor, rows: int) -> int:
+    """Programs of the backward: as many as run at a time, each with some rows to go over."""
+    tile, *_ = _tile(x.shape[-1], _BACKWARD_TILE)
+    return max(1, min(_PROGRAMS_PER_PROCESSOR * processors(x), rows // (4 * tile)))
+
+
+def _by_rows(t: Tensor | None) -> Tensor | None:
+    """As rows one after the other, of entries side by side: a view where strides allow it."""
+    if t is None or (t.dim() == 2 and t.stride(1) == 1):
+        return t
+    flat = t.reshape(-1, t.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def _row(t: Tensor | None) -> int:
+    return 0 if t is None else t.stride(0)
+
+
+def forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    offset: float,
+    centred: bool,
+) -> Results:
+    """As the operator ``memopt::norm``."""
+    shape, width = x.shape, x.shape[-1]
+    empty, statistics = x.new_empty(0), torch.float32
+    y = x.new_empty(shape)
+    total = empty if residual is None else x.new_empty(shape)
+    mean = x.new_empty(shape[:-1] if centred else 0, dtype=statistics)
+    rstd = x.new_empty(shape[:-1], dtype=statistics)
+    flat, added = _by_rows(x), _by_rows(residual)
+    assert flat is not None
+    rows, block, warps_each = _tile(width, _FORWARD_TILE)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        norm_forward[(triton.cdiv(len(flat), rows),)](
+            flat, added, weight, bias, y, total, mean, rstd, len(flat), width, _row(flat),
+            _row(added), eps, offset, CENTRED=centred, ROWS=rows, BLOCK=block,
+            num_warps=warps_each, enable_fp_fusion=True,
+        )  # fmt: skip
+    return y, total, mean, rstd
+
+
+def backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    total: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    offset: float,
+    wanted: list[bool],
+    again: bool,
+) -> Results:
+    """As the operator ``memopt::norm_backward``."""
+    width = dy.shape[-1]
+    flat, more, stream = _by_rows(dy), _by_rows(dtotal), _by_rows(total)
+    assert flat is not None
+    assert stream is not None
+    count = programs(dy, len(flat))
+    parts = [
+        dy.new_empty(count, width, dtype=torch.float32) if on else None for on in wanted
+    ]
+    dx = total.new_empty(total.shape)
+    y = total.new_empty(total.shape if again else 0)
+    rows, block, warps_each = _tile(width, _BACKWARD_TILE)
+    with torch.cuda.device_of(dy):
+        norm_backward[(count,)](
+            flat, more, stream, weight, bias, mean if mean.numel() else None, rstd, dx, *parts,
+            y if again else None, len(flat), width, _row(flat), _row(more), _row(stream), offset,
+            triton.cdiv(len(flat), count), ROWS=rows, BLOCK=block, num_warps=warps_each,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    vectors = (
+        total.new_empty(0, dtype=torch.float32 if like is None else like.dtype)
+        if part is None
+        else part.sum(0).to(like.dtype)  # type: ignore[union-attr]
+        for part, like in zip(parts, (weight, bias), strict=True)
+    )
+    return dx, *vectors, y
