@@ -1,30 +1,18 @@
 """Chunks of logits, or none at all: whichever a GPU runs faster, measured and remembered.
 
 Which one wins depends on how a GPU's matrix products, its memory and its compiler get on at these
-sizes, so both are timed, once per size and dtype, and the answer is kept beside Inductor's own
-caches. Ranks that measure at the same time may come to different answers; the operator
-communicates nothing, so no rank waits for another because of it.
+sizes, so both are timed.
 """
 
-import hashlib
-import json
-import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from memopt._torch import cache_dir, disable_modes, inductor_config, write_atomic
-from memopt._versions import __version__
+from memopt._torch import disable_modes
 from memopt.kernels.blocks import default_chunk_rows
 from memopt.kernels.linear_cross_entropy import REDUCED
-
-log = logging.getLogger(__name__)
-
-_RUNS = 3
-_FIELDS = ("chunked_seconds", "cut_seconds")
+from memopt.kernels.measured import best_seconds, fastest
 
 
 @dataclass(frozen=True)
@@ -60,13 +48,9 @@ def seconds(size: Size, chunk_rows: int) -> float:
         weight *= size.width**-0.5
         target = torch.randint(size.classes, (size.rows,), device=size.device)
         shared = (x, weight, None, target, None, -100, 0.0, 1.0, 0.0)
-        runs = []
-        for _ in range(1 + _RUNS):  # the first one compiles
-            start = time.perf_counter()
-            REDUCED(*shared, chunk_rows, [True, True, False], True)
-            torch.cuda.synchronize(size.device)
-            runs.append(time.perf_counter() - start)
-    return min(runs[1:])
+        return best_seconds(
+            lambda: REDUCED(*shared, chunk_rows, [True, True, False], True), size.device
+        )
 
 
 def fastest_chunk_rows(size: Size, timer: Callable[[Size, int], float] = seconds) -> int:
@@ -80,33 +64,6 @@ def fastest_chunk_rows(size: Size, timer: Callable[[Size, int], float] = seconds
         0 or ``default_chunk_rows``; the latter where there is no memory to find out.
     """
     usual = default_chunk_rows(size.rows, size.classes, size.device)
-    path = _path(size, usual)
-    known = _recall(path)
-    if known is None:
-        try:
-            known = timer(size, usual), timer(size, 0)
-        except torch.OutOfMemoryError:
-            return usual
-        log.debug("seconds by chunks and without: %s for %s", known, size)
-        if not inductor_config.force_disable_caches:
-            body = dict(zip(_FIELDS, known, strict=True))
-            write_atomic(str(path), json.dumps(body), make_dirs=True)
-    chunked, cut = known
-    return 0 if cut < chunked else usual
-
-
-def _recall(path: Path) -> tuple[float, float] | None:
-    """What an earlier process measured, if the file can be read."""
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-        chunked, cut = (float(body[name]) for name in _FIELDS)
-    except (OSError, ValueError, TypeError, LookupError):
-        return None
-    return chunked, cut
-
-
-def _path(size: Size, usual: int) -> Path:
-    product = torch.cuda.get_device_name(size.device)
-    facts = __version__, torch.__version__, product, usual, size.rows, size.width, size.classes
-    digest = hashlib.sha256(repr((*facts, str(size.dtype))).encode()).hexdigest()
-    return Path(cache_dir()) / "memopt" / f"{digest}.json"
+    ways = {"chunks": lambda: timer(size, usual), "tiles": lambda: timer(size, 0)}
+    question = "chunk_rows", usual, size.rows, size.width, size.classes, str(size.dtype)
+    return usual if fastest(question, ways, size.device) == "chunks" else 0

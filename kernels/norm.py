@@ -279,6 +279,7 @@ SPEC = KernelSpec(
     plain=_plain,
     launch=_launch,
     samples=_samples,
+    l2_share=1.5,  # every program reads the weight and the bias
     source="arXiv:1910.07467, arXiv:1607.06450, arXiv:2410.10989",
 )
 BACKWARD_SPEC = KernelSpec(

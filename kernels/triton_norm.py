@@ -24,9 +24,14 @@ _PER_THREAD = 8  # entries, 128 bits of bfloat16
 
 
 @triton.jit
-def _vector(ptr, columns, width, offset):
-    """A row of parameters in float32, 0 beyond the last one."""
-    return tl.load(ptr + columns, mask=columns < width, other=0.0).to(tl.float32) + offset
+def _parameters(ptr, columns, width, offset, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """A vector of parameters in float32 for each of the rows, 0 beyond its end.
+
+    Read once for every row, as wide as the rows are: for a single one threads would have less
+    than 128 bits each.
+    """
+    place = tl.broadcast_to(columns[None, :], (ROWS, BLOCK))
+    return tl.load(ptr + place, mask=place < width, other=0.0).to(tl.float32) + offset
 
 
 @triton.jit
@@ -90,9 +95,9 @@ def norm_forward(
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
     y = z * rstd[:, None]
     if weight_ptr is not None:
-        y *= _vector(weight_ptr, columns, width, offset)[None, :]
+        y *= _parameters(weight_ptr, columns, width, offset, ROWS, BLOCK)
     if bias_ptr is not None:
-        y += _vector(bias_ptr, columns, width, 0.0)[None, :]
+        y += _parameters(bias_ptr, columns, width, 0.0, ROWS, BLOCK)
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -130,8 +135,8 @@ def norm_backward(
         mean_ptr: `(N,)`, or None where it was not subtracted.
         rstd_ptr: `(N,)`.
         dx_ptr: `(N, H)`, contiguous; takes the gradient of the sum.
-        dweight_ptr: `(P, H)`, float32; takes the program's part of the weight's, or None.
-        dbias_ptr: `(P, H)`, float32; the same of the bias's, or None.
+        dweight_ptr: `(P, H)`; takes the program's part of the weight's, or None.
+        dbias_ptr: `(P, H)`; the same of the bias's, or None.
         y_ptr: `(N, H)`, contiguous; takes the norm once more, or None.
         rows: ``N``.
         width: ``H``.
@@ -147,6 +152,10 @@ def norm_backward(
     first = program.to(tl.int64) * rows_each
     last = tl.minimum(first + rows_each, rows)
     columns = tl.arange(0, BLOCK)
+    if weight_ptr is not None:
+        weight = _parameters(weight_ptr, columns, width, offset, ROWS, BLOCK)
+    if y_ptr is not None and bias_ptr is not None:
+        bias = _parameters(bias_ptr, columns, width, 0.0, ROWS, BLOCK)
     of_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     of_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, rows_each, ROWS):
@@ -169,12 +178,12 @@ def norm_backward(
         if y_ptr is not None:
             y = normal
             if weight_ptr is not None:
-                y *= _vector(weight_ptr, columns, width, offset)[None, :]
+                y *= weight
             if bias_ptr is not None:
-                y += _vector(bias_ptr, columns, width, 0.0)[None, :]
+                y += bias
             tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
         if weight_ptr is not None:
-            g *= _vector(weight_ptr, columns, width, offset)[None, :]
+            g *= weight
         dx = g - normal * (tl.sum(g * normal, axis=1) / width)[:, None]
         if mean_ptr is not None:
             dx -= (tl.sum(g, axis=1) / width)[:, None]
@@ -185,9 +194,11 @@ def norm_backward(
         tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     there = program * width + columns
     if dweight_ptr is not None:
-        tl.store(dweight_ptr + there, tl.sum(of_weight, axis=0), mask=columns < width)
+        total = tl.sum(of_weight, axis=0).to(dweight_ptr.dtype.element_ty)
+        tl.store(dweight_ptr + there, total, mask=columns < width)
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + there, tl.sum(of_bias, axis=0), mask=columns < width)
+        total = tl.sum(of_bias, axis=0).to(dbias_ptr.dtype.element_ty)
+        tl.store(dbias_ptr + there, total, mask=columns < width)
 
 
 def _tile(width: int, entries: int) -> tuple[int, int, int]:
@@ -261,8 +272,11 @@ def backward(
     assert flat is not None
     assert stream is not None
     count = programs(dy, len(flat))
-    parts = [
-        dy.new_empty(count, width, dtype=torch.float32) if on else None for on in wanted
+    parts = [  # in float32 where they are still to be added up
+        None if not on else like.new_empty(width)
+        if count == 1
+        else like.new_empty(count, width, dtype=torch.float32)
+        for on, like in zip(wanted, (weight, bias), strict=True)
     ]
     dx = total.new_empty(total.shape)
     y = total.new_empty(total.shape if again else 0)
@@ -274,10 +288,12 @@ def backward(
             triton.cdiv(len(flat), count), ROWS=rows, BLOCK=block, num_warps=warps_each,
             enable_fp_fusion=True,
         )  # fmt: skip
-    vectors = (
+    vectors = [
         total.new_empty(0, dtype=torch.float32 if like is None else like.dtype)
         if part is None
-        else part.sum(0).to(like.dtype)  # type: ignore[union-attr]
+        else part
+        if count == 1
+        else part.sum(0).to(like.dtype)
         for part, like in zip(parts, (weight, bias), strict=True)
-    )
+    ]
     return dx, *vectors, y

@@ -47,6 +47,7 @@ from torch._inductor.custom_graph_pass import (
 )
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
+from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.virtualized import V
 from torch._logging._internal import trace_structured
@@ -104,6 +105,7 @@ __all__ = [
     "raise_getitems",
     "refuse_data_access",
     "select_decomp_table",
+    "stable_topological_sort",
     "thread_graphsafe_rng_from_hops",
     "trace_structured",
     "write_atomic",

@@ -56,6 +56,8 @@ _UNDECLARED_VIEWS = frozenset({aten._unsafe_view.default, aten.lift_fresh.defaul
 _EXPLICIT_SEED_NAMES = frozenset(
     {"prims.inductor_random", "prims.inductor_randint", "prims.inductor_lookup_seed"}
 )
+# Operators of ours that cost little more than their reads and writes.
+_REPEATABLE_NAMES = frozenset({"memopt.norm"})
 _DETERMINISTIC_NAMESPACES = frozenset({"aten", "prims", "inductor_prims", "mkldnn", "quantized"})
 
 
@@ -146,6 +148,8 @@ def is_recomputable(node: fx.Node) -> bool:
         return False
     if not isinstance(node.target, OpOverload):
         return node.target is operator.getitem or is_sym_node(node)
+    if packet_name(node.target) in _REPEATABLE_NAMES:
+        return True
     if node.target.namespace not in _DETERMINISTIC_NAMESPACES:
         return False
     return not (is_random(node) or is_mutating(node) or is_collective(node))

@@ -11,10 +11,16 @@ from memopt.passes.clone_mutated_inputs import CloneMutatedInputs
 from memopt.passes.early_products import EarlyProducts
 from memopt.passes.embedding_gradients import EmbeddingGradients
 from memopt.passes.overwrite_hidden_states import MarkHiddenStates, OverwriteHiddenStates
+from memopt.passes.remake_in_backward import RemakeInBackward
 from memopt.passes.unshare_readers import UnshareReaders
 from memopt.passes.weigh_rows import WeighRows
 from memopt.pipeline import Pass
 
 PRE_GRAD: tuple[Pass, ...] = (ChunkLosses(), WeighRows())
-JOINT: tuple[Pass, ...] = (CloneMutatedInputs(), EmbeddingGradients(), MarkHiddenStates())
+JOINT: tuple[Pass, ...] = (
+    CloneMutatedInputs(),
+    EmbeddingGradients(),
+    MarkHiddenStates(),
+    RemakeInBackward(),
+)
 POST_GRAD: tuple[Pass, ...] = (UnshareReaders(), EarlyProducts(), OverwriteHiddenStates())

@@ -1,0 +1,75 @@
+"""Which of several ways runs fastest on the device at hand: measured once, and remembered.
+
+Answers are kept beside Inductor's own caches, per product, size and version. Ranks that measure
+at the same time may come to different answers; what they choose between communicates nothing, so
+no rank waits for another because of it.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memopt._torch import cache_dir, inductor_config, write_atomic
+from memopt._versions import __version__
+
+log = logging.getLogger(__name__)
+
+_RUNS = 3
+
+Ways = Mapping[str, Callable[[], float]]
+
+
+def best_seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """The best of three runs; one before them compiles."""
+    seconds = []
+    for _ in range(1 + _RUNS):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def fastest(question: tuple[Any, ...], ways: Ways, device: torch.device) -> str:
+    """The name of the way that takes the fewest seconds; the first of several.
+
+    Args:
+        question: all that the answer depends on, but the device and the versions.
+        ways: by name, what gives its seconds; the first is taken where there is no memory to
+            find out.
+        device: where they run.
+    """
+    path = _path(question, device)
+    known = _recall(path, ways)
+    if known is None:
+        try:
+            known = {name: way() for name, way in ways.items()}
+        except torch.OutOfMemoryError:
+            return next(iter(ways))
+        log.debug("seconds for %s: %s", question, known)
+        if not inductor_config.force_disable_caches:
+            write_atomic(str(path), json.dumps(known), make_dirs=True)
+    return min(known, key=known.__getitem__)
+
+
+def _recall(path: Path, ways: Ways) -> dict[str, float] | None:
+    """What an earlier process measured, if the file can be read."""
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        return {name: float(body[name]) for name in ways}
+    except (OSError, ValueError, TypeError, LookupError):
+        return None
+
+
+def _path(question: tuple[Any, ...], device: torch.device) -> Path:
+    product = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    facts = __version__, torch.__version__, product, *question
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()
+    return Path(cache_dir()) / "memopt" / f"{digest}.json"

@@ -1,0 +1,157 @@
+"""Let a backward operator make its forward's result once more, for the products that read it.
+
+The product behind a norm or a gated activation reads that result in the backward too, so it is
+held from the forward on, as large as a layer's input or larger. The norm's own backward has all
+that it takes in its registers: with ``again`` it writes the result beside its gradients. The
+products of the weights' gradients then run after it. Where something reads the result before, as
+an activation's backward does, it is held anyway, and the graph is left alone.
+
+Pays: the bytes of every such result, held through the whole step, for one write of it. What
+their gradients are made from lives on until the operator has run.
+
+Source: the forward results that need not be saved are those of Korthikanti et al. (2022),
+"Reducing Activation Recomputation in Large Transformer Models", arXiv:2205.05198; making them in
+the backward's own kernel is memopt's.
+"""
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from torch import fx
+
+from memopt._torch import pytree, stable_topological_sort
+from memopt.graph import is_view, source_line
+from memopt.kernels.norm import NORM, NORM_BACKWARD
+from memopt.pipeline import PassContext
+from memopt.remarks import RemarkKind
+
+
+class Remake(NamedTuple):
+    """An operator whose backward can make its first result once more.
+
+    Attributes:
+        forward: the operator.
+        backward: its backward. Its last argument says whether to, and its last result is it.
+        known_by: position of an argument of the backward that tells which call it belongs to.
+        result: which result of the forward that argument is; None where it is the first argument.
+    """
+
+    forward: Any
+    backward: Any
+    known_by: int
+    result: int | None
+
+
+TABLE = (Remake(NORM, NORM_BACKWARD, known_by=6, result=3),)
+
+
+@dataclass(frozen=True)
+class RemakeInBackward:
+    """``mm(dz, y); norm_backward(dy, x)`` -> ``_, y = norm_backward(dy, x); mm(dz, y)``."""
+
+    name: ClassVar[str] = "remake_in_backward"
+    requires: ClassVar[frozenset[str]] = frozenset()
+    establishes: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, graph: fx.Graph, ctx: PassContext) -> int:
+        late = _backward_nodes(graph)
+        rewrites = 0
+        for rule in TABLE:
+            for node in graph.find_nodes(op="call_function", target=rule.forward):
+                rewrites += self._rewrite(graph, node, rule, late, ctx)
+        if rewrites:
+            stable_topological_sort(graph)
+        return rewrites
+
+    def _rewrite(
+        self, graph: fx.Graph, node: fx.Node, rule: Remake, late: set[fx.Node], ctx: PassContext
+    ) -> int:
+        own, twin = _result(node, 0), _twin(graph, node, rule)
+        if own is None or twin is None:
+            return 0
+        reads = [*_late_reads(own, late)]
+        if not reads:
+            return 0
+        if early := {reader for _, reader in reads} & _ancestors(twin):
+            text = f"{min(early).name} reads its result before {twin.name} can make it"
+            ctx.remark(self.name, RemarkKind.MISSED, text, node.name, source_line(node))
+            return 0
+        copies = {own: _made_again(graph, twin)}
+        for source, reader in reads:
+            reader.replace_input_with(source, _copy(graph, source, copies))
+        text = f"its result is not held for the backward: {twin.name} makes it once more"
+        ctx.remark(self.name, RemarkKind.APPLIED, text, node.name, source_line(node))
+        return 1
+
+
+def _backward_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """What depends on an incoming gradient."""
+    late: set[fx.Node] = set()
+    for node in graph.nodes:
+        tangent = node.op == "placeholder" and "tangents" in str(node.target)
+        if tangent or (node.op != "output" and not late.isdisjoint(node.all_input_nodes)):
+            late.add(node)
+    return late
+
+
+def _result(node: fx.Node, number: int) -> fx.Node | None:
+    """The node that takes one result of an operator with several."""
+    parts = (n for n in node.users if n.target is operator.getitem and n.args[1] == number)
+    return next(parts, None)
+
+
+def _twin(graph: fx.Graph, node: fx.Node, rule: Remake) -> fx.Node | None:
+    """The one backward of a call."""
+    mark = node.args[0] if rule.result is None else _result(node, rule.result)
+    calls = graph.find_nodes(op="call_function", target=rule.backward)
+    found = [n for n in calls if mark is not None and n.args[rule.known_by] is mark]
+    return found[0] if len(found) == 1 else None
+
+
+def _late_reads(own: fx.Node, late: set[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Where the backward reads a value or a view of it: which of them, and the reader."""
+    for user in own.users:
+        if user in late:
+            yield own, user
+        elif user.op == "call_function" and is_view(user):
+            yield from _late_reads(user, late)
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    """What a node depends on."""
+    found, stack = set(), [node]
+    while stack:
+        new = set(stack.pop().all_input_nodes) - found
+        found |= new
+        stack.extend(new)
+    return found
+
+
+def _made_again(graph: fx.Graph, twin: fx.Node) -> fx.Node:
+    """Have a backward make the forward's result, and take it."""
+    twin.args = (*twin.args[:-1], True)
+    seen = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], twin.args)
+    twin.meta["val"] = twin.target(*seen)  # type: ignore[operator]
+    (output,) = graph.find_nodes(op="output")
+    last = len(twin.meta["val"]) - 1
+    with graph.inserting_before(output):
+        made = graph.call_function(operator.getitem, (twin, last))
+    made.meta.update(twin.meta, val=twin.meta["val"][last])
+    for part in twin.users:
+        part.meta["val"] = twin.meta["val"][part.args[1]]
+    return made
+
+
+def _copy(graph: fx.Graph, source: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The same view of the result that is made again."""
+    if source not in copies:
+        base = _copy(graph, source.all_input_nodes[0], copies)
+        (output,) = graph.find_nodes(op="output")
+        with graph.inserting_before(output):
+            copies[source] = graph.node_copy(source, lambda n: copies.get(n, n))
+        seen = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], copies[source].args)
+        copies[source].meta["val"] = source.target(*seen)  # type: ignore[operator]
+        assert base in copies[source].all_input_nodes
+    return copies[source]
