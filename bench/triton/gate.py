@@ -110,8 +110,7 @@ def check_spec(
     """
     plain = spec.plain(*arguments)
     exact = spec.plain(*pytree.tree_map_only(Tensor, _to_float64, arguments))
-    tensors = [t for t in (*pytree.tree_leaves(arguments), *plain) if isinstance(t, Tensor)]
-    ideal = sum(t.nbytes for t in tensors)
+    ideal = ideal_bytes(arguments, plain)
     traffic = Traffic(dram_bytes=ideal, l2_bytes=int(ideal * spec.l2_share))
 
     def run() -> Sequence[Tensor]:
@@ -124,10 +123,16 @@ def check_spec(
     for launch in launches:
         for target in targets:
             build = Build(
-                kernel=launch.kernel, arguments=_for(target, launch.arguments), options={}
+                kernel=launch.kernel, arguments=for_target(target, launch.arguments), options={}
             )
             found += [f"{launch.name}: {problem}" for problem in code(build, [target])]
     return found
+
+
+def ideal_bytes(arguments: Sequence[Any], results: Sequence[Tensor]) -> int:
+    """Bytes of a kernel that reads every argument once and writes every result once."""
+    tensors = [t for t in (*pytree.tree_leaves(arguments), *results) if isinstance(t, Tensor)]
+    return sum(t.nbytes for t in tensors)
 
 
 @contextlib.contextmanager
@@ -145,7 +150,7 @@ def _to_float64(t: Tensor) -> Tensor:
     return t.double() if t.is_floating_point() else t
 
 
-def _for(target: Target, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+def for_target(target: Target, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
     """A launch's arguments on another device: AMD's wavefronts are two warps."""
     if not isinstance(target, str):
         return arguments
