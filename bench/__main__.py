@@ -2,7 +2,9 @@
 
 import argparse
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -14,7 +16,7 @@ from bench.runner import run_case
 from bench.zoo import MODELS
 
 # Cases that are no training steps: what runs each, and what it measures.
-OTHERS = {
+OTHERS: Mapping[str, tuple[Callable[..., list[dict[str, Any]]], str]] = {
     startup.CASE: (startup.run, "compile time of a 32-layer Llama, cold and warm"),
     kernels.CASE: (kernels.run, "every kernel: bytes, code for four GPUs, on cuda its speed"),
 }
@@ -97,8 +99,8 @@ def _list(_: argparse.Namespace) -> int:
     for case in CASES.values():
         tags = " ".join(sorted(MODELS[case.model].tags))
         say(f"{case.name:28} {case.size:6} outputs {case.outputs:8} {tags}")
-    for name, (_, about) in OTHERS.items():
-        say(f"{name:28} {about}")
+    for name, other in OTHERS.items():
+        say(f"{name:28} {other[1]}")
     say("peers:")
     for peer in PEERS.values():
         say(f"{peer.name:30} {peer.description}")

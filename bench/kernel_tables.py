@@ -7,13 +7,14 @@ from bench.tables import markdown
 
 Row = dict[str, Any]
 _TRAFFIC = """\
-Bytes in the tracer over those of a kernel that reads every argument once and writes every result
-once: **DRAM** if the shared cache keeps everything, **L2** if nothing is kept close to a processor.
-Liger's count its launches on the same arguments; what torch does around a launch is in no figure.
+Bytes in the tracer over those of a kernel that reads every argument once and writes every
+result once: **DRAM** if the shared cache keeps everything, **L2** if nothing is kept close to a
+processor. Liger's launches are on the same arguments; what torch does around a launch is in no
+figure.
 """
 _CODE = """\
-The same launches compiled for GPUs that are not there: registers of a thread, bytes that it spills,
-shared memory of a block, and the loads of 128 bits among all that read device memory.
+The same launches compiled for GPUs that are not there: registers of a thread · bytes that it
+spills · bytes of shared memory of a block · loads of 128 bits among all from device memory.
 """
 _SPEED = """\
 Median microseconds with a cold cache; of the others, how many times ours they take.
@@ -60,7 +61,7 @@ def speed_table(rows: Iterable[Row]) -> str:
     for key, peers in by_sample(rows).items():
         ours = peers["memopt"]["seconds"]
         cells = [
-            f"{peers[peer]['seconds'] / ours:.2f}" if "seconds" in peers[peer] else "-"
+            f"{peers[peer]['seconds'] / ours:.2f}" if "seconds" in peers.get(peer, {}) else "-"
             for peer in others
         ]
         lines.append([*key, f"{1e6 * ours:.1f}", *cells])
@@ -71,15 +72,18 @@ def code_table(rows: Iterable[Row]) -> str:
     """One line per launch, one column per target."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
-        text = (
-            f"{row['registers']} · {row['spilled_bytes']} · {row['shared_bytes']} · "
-            f"{row['vector_loads']}/{row['loads']}"
-        )
-        cells.setdefault((row["function"], row["sample"]), {})[row["target"]] = text
+        cells.setdefault((row["function"], row["sample"]), {})[row["target"]] = _code(row)
     targets = list(dict.fromkeys(target for line in cells.values() for target in line))
     names = [f"sm_{target}" if target.isdigit() else target for target in targets]
     lines = [[*key, *(line.get(t, "-") for t in targets)] for key, line in cells.items()]
     return markdown(("function", "arguments", *names), lines)
+
+
+def _code(row: Row) -> str:
+    if row["status"] != "ok":
+        return str(row["status"])
+    figures = (row[name] for name in ("registers", "spilled_bytes", "shared_bytes"))
+    return " · ".join([*map(str, figures), f"{row['vector_loads']}/{row['loads']}"])
 
 
 def by_sample(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:

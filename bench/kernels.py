@@ -7,7 +7,6 @@ not there, on any machine. Every operator is measured on its usual arguments in 
 import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -52,15 +51,20 @@ def run(
     install()
     torch.manual_seed(0)
     rows = []
-    for spec in specs() if kernels is None else kernels:
+    for row in _rows(device, specs() if kernels is None else kernels, samples):
+        say(one_line(row))
+        rows.append(row)
+    return rows
+
+
+def _rows(device: str, kernels: Sequence[KernelSpec], samples: int) -> Iterator[Row]:
+    for spec in kernels:
         for arguments in itertools.islice(spec.samples(DTYPE), samples):
-            rows += [*_traffic(spec, arguments), *_code(spec, arguments)]
+            yield from _traffic(spec, arguments)
+            yield from _code(spec, arguments)
         if device == "cuda":
             for arguments in itertools.islice((spec.large or spec.samples)(DTYPE), samples):
-                rows += _speed(spec, arguments)
-    for row in rows:
-        say(one_line(row))
-    return rows
+                yield from _speed(spec, arguments)
 
 
 def one_line(row: Row) -> str:
@@ -135,9 +139,12 @@ def _code(spec: KernelSpec, arguments: Arguments) -> Iterator[Row]:
     with trace() as launches:
         spec.launch(*arguments)
     for launch, target in itertools.product(launches, TARGETS):
-        report = asdict(compile_for(launch.kernel, for_target(target, launch.arguments), target))
-        figures = {name: report[name] for name in _REPORTED}
         about = {"function": launch.name, "target": str(target)}
+        try:
+            report = compile_for(launch.kernel, for_target(target, launch.arguments), target)
+            figures = {name: getattr(report, name) for name in _REPORTED}
+        except Exception as error:  # what a compiler cannot do belongs in the results
+            figures = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         yield _row("kernel_code", spec, arguments, "memopt", **about, **figures)
 
 

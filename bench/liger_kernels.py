@@ -74,8 +74,8 @@ def _norm_backward(
         forward = rms_norm.rms_norm_forward
         *_, block, warps, mode = forward(rows[1], weight, 1e-6, offset, casting, None)
         dy = rows[0].clone()  # its gradient takes this one's place, as in liger's default
-        settings = (offset, mode, block, warps, True, None, wanted[0])
-        return lambda: rms_norm.rms_norm_backward(dy, rows[1], weight, rstd, *settings)
+        launch = (offset, mode, block, warps, True, None, wanted[0])
+        return lambda: rms_norm.rms_norm_backward(dy, rows[1], weight, rstd, *launch)
     if weight is None:
         return None
     start = fused_add_rms_norm.fused_add_rms_norm_forward

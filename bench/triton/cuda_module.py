@@ -13,10 +13,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=("norm_head", "llama"))
     parser.add_argument("--dtype", default="bfloat16", help="default: %(default)s")
+    parser.add_argument("--budget", help="memory_budget of memopt; default: none")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
     if arguments.device == "cpu":
         fake_cuda.preload()
     from bench.triton.cuda_step import report  # here, because it imports torch
 
-    print(json.dumps(report(arguments.model, arguments.dtype, arguments.device)))
+    model, dtype, budget = arguments.model, arguments.dtype, arguments.budget
+    print(json.dumps(report(model, dtype, budget, arguments.device)))

@@ -64,12 +64,13 @@ MODELS: Mapping[str, Callable[[torch.dtype], tuple[nn.Module, list[Inputs]]]] = 
 }
 
 
-def report(name: str, dtype_name: str, device: str) -> dict[str, Any]:
+def report(name: str, dtype_name: str, budget: str | None, device: str) -> dict[str, Any]:
     """What is wrong with the numbers of a step, and which kernels it launches.
 
     Args:
         name: of the model.
         dtype_name: of its parameters: ``"bfloat16"``.
+        budget: memopt's ``memory_budget``, if there is one.
         device: ``"cuda"`` for a GPU; ``"cpu"`` for interpreted kernels, after
             `bench.triton.fake_cuda.preload`.
     """
@@ -79,10 +80,9 @@ def report(name: str, dtype_name: str, device: str) -> dict[str, Any]:
     model = model.to(dtype)
     wide = [{k: _wide(t) for k, t in inputs.items()} for inputs in draws]
     exact, plain = _eager(copy.deepcopy(model).double(), wide), _eager(model, draws)
-    compiled, launches = (_on_gpu if device == "cuda" else _interpreted)(model, draws)
+    options = {**_OPTIONS, "memory_budget": budget}
+    compiled, launches = (_on_gpu if device == "cuda" else _interpreted)(model, draws, options)
     return {
-        "model": name,
-        "dtype": dtype_name,
         "device": device,
         "problems": numbers(compiled, exact, plain),
         "launches": launches,
@@ -115,10 +115,12 @@ def _eager(model: nn.Module, draws: Sequence[Inputs]) -> Results:
     return _stacked([_step(model, model, inputs) for inputs in draws])
 
 
-def _on_gpu(model: nn.Module, draws: Sequence[Inputs]) -> tuple[Results, list[dict[str, Any]]]:
+def _on_gpu(
+    model: nn.Module, draws: Sequence[Inputs], options: Mapping[str, Any]
+) -> tuple[Results, list[dict[str, Any]]]:
     """Compiled; the profiler says which kernels ran, and nobody counts bytes."""
     twin = copy.deepcopy(model).cuda()
-    compiled = torch.compile(twin, backend="memopt", options=_OPTIONS)
+    compiled = torch.compile(twin, backend="memopt", options=dict(options))
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         there = [{k: t.cuda() for k, t in inputs.items()} for inputs in draws]
         steps = [_step(compiled, twin, inputs) for inputs in there]
@@ -128,7 +130,7 @@ def _on_gpu(model: nn.Module, draws: Sequence[Inputs]) -> tuple[Results, list[di
 
 
 def _interpreted(
-    model: nn.Module, draws: Sequence[Inputs]
+    model: nn.Module, draws: Sequence[Inputs], options: Mapping[str, Any]
 ) -> tuple[Results, list[dict[str, Any]]]:
     """Compiled for a device that is not there, and interpreted on the CPU."""
     fake_cuda.install()
@@ -138,7 +140,7 @@ def _interpreted(
     # Autograd would make the first gradient itself, with nothing behind it.
     ones = {d: twins.fake(torch.ones((), dtype=d)) for d in (torch.float32, torch.bfloat16)}
     with modules_on_cpu(twins) as launches, twins.mode:
-        compiled = torch.compile(twin, backend="memopt", options=_OPTIONS)
+        compiled = torch.compile(twin, backend="memopt", options=dict(options))
         for inputs in draws:
             there = {k: twins.fake(t) for k, t in inputs.items()}
             loss, gradients = _step(compiled, twin, there, ones)

@@ -45,7 +45,6 @@ _STREAM = types.SimpleNamespace(cuda_stream=0, device_index=0, stream_id=0)
 _ANSWERS: Mapping[str, Any] = {
     "is_available": True,
     "is_initialized": True,
-    "init": None,
     "_lazy_init": None,
     "device_count": 1,
     "current_device": 0,
@@ -58,22 +57,13 @@ _ANSWERS: Mapping[str, Any] = {
     "is_bf16_supported": True,
     "synchronize": None,
     "current_stream": _STREAM,
-    "default_stream": _STREAM,
-    "is_current_stream_capturing": False,
-    "memory_allocated": 0,
     "manual_seed_all": None,
     "set_rng_state": None,
 }
 # The same of torch._C, whose build lacks them.
 _MISSING: Mapping[str, Any] = {
-    "_cuda_getDevice": 0,
-    "_cuda_setDevice": None,
     "_cuda_getDeviceCount": 1,
-    "_cuda_exchangeDevice": 0,
-    "_cuda_maybeExchangeDevice": 0,
     "_cuda_getCurrentRawStream": 0,
-    "_cuda_isCurrentStreamCapturing": False,
-    "_cuda_synchronize": None,
 }
 
 
@@ -144,7 +134,8 @@ def install() -> None:
     interface.maybe_exchange_device = staticmethod(torch.cuda._maybe_exchange_device)
     interface.get_raw_stream = staticmethod(_always(0))
     # Constants of the device's type are not to be made on it.
-    FakeTensorMode.avoid_device_init = property(lambda self: True)
+    patched: Any = FakeTensorMode
+    patched.avoid_device_init = property(_always(True))
     inductor_config.joint_graph_constant_folding = False
     # What was compiled for a device that is there is no use here, nor the other way round.
     inductor_config.fx_graph_cache = False

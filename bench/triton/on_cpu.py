@@ -1,9 +1,9 @@
 """Modules that Inductor generates for CUDA, run on CPU tensors.
 
 A training step goes through `torch.compile` and autograd on fake tensors of a device that
-`bench.triton.fake_cuda` makes up. Behind each of them is a real tensor on the CPU. Where Inductor's
-module would be called with the fake ones it is called with those, its own kernels and ours
-interpreted; what it returns stands behind new fake tensors.
+`bench.triton.fake_cuda` makes up. Behind each of them is a real tensor on the CPU. Where
+Inductor's module would be called with the fake ones it is called with those, its own kernels and
+ours interpreted; what it returns stands behind new fake tensors.
 
 It rests on internals of torch 2.13.
 """
@@ -82,10 +82,11 @@ def modules_on_cpu(twins: Twins) -> Iterator[list[Launch]]:
         module.call = _behind(module.call, twins, launches)
         return module
 
+    empty_strided_cpu = guards._empty_strided_cpu  # type: ignore[attr-defined]
     with (
         patch.object(GraphLowering, "_compile_to_module", load_on_cpu),
         patch.object(AsyncCompile, "triton", _interpreted),
-        patch.object(guards, "_empty_strided_cuda", guards._empty_strided_cpu),
+        patch.object(guards, "_empty_strided_cuda", empty_strided_cpu),
     ):
         yield launches
 

@@ -75,7 +75,7 @@ def test_liger_computes_the_same(name: str) -> None:
         launch = LIGER[name](*sample)
         if launch is not None:
             mine, theirs = SPECS[name].plain(*sample)[0], launch()[0]
-            torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(theirs.view_as(mine), mine)
             compared += 1
     assert compared
 
