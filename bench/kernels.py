@@ -80,7 +80,7 @@ def one_line(row: Row) -> str:
 
 
 def describe(spec: KernelSpec, arguments: Arguments) -> str:
-    """The arguments by name: shapes of tensors, other values, and nothing of what is left out."""
+    """The arguments by name: shapes of tensors, and other values that are not 0 or None."""
     namespace, name = spec.name.split("::")
     schema = getattr(getattr(torch.ops, namespace), name).default._schema
     words = []
@@ -88,8 +88,8 @@ def describe(spec: KernelSpec, arguments: Arguments) -> str:
         if isinstance(value, Tensor):
             if value.numel():
                 words.append(f"{parameter.name} {'x'.join(map(str, value.shape))}")
-        elif value is not None:
-            words.append(f"{parameter.name} {value}")
+        elif value:
+            words.append(parameter.name if value is True else f"{parameter.name} {value}")
     return ", ".join(words)
 
 

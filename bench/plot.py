@@ -121,23 +121,25 @@ def _kernel_picture(rows: Sequence[dict[str, Any]], path: Path) -> Path | None:
     samples = by_sample(row for row in rows if "dram_bytes" in row)
     if not samples:
         return None
-    height = 0.8 + 0.45 * len(samples)
+    height = 1.0 + 0.45 * len(samples)
     figure, axes = pyplot.subplots(figsize=(8.0, height), dpi=150, layout="constrained")
     for place, (peer, colour) in enumerate((("memopt", "#D55E00"), ("liger", "#009E73"))):
         found = [(y, each[peer]) for y, each in enumerate(samples.values()) if peer in each]
-        axes.barh(
-            [y + 0.36 * place for y, _ in found],
-            [row["dram_bytes"] / row["ideal_bytes"] for _, row in found],
-            height=0.34,
-            color=colour,
-            label=peer,
-        )
+        for figures, alpha in (("l2", 0.4), ("dram", 1.0)):
+            axes.barh(
+                [y + 0.36 * place for y, _ in found],
+                [row[f"{figures}_bytes"] / row["ideal_bytes"] for _, row in found],
+                height=0.34,
+                color=colour,
+                alpha=alpha,
+                label=f"{peer}, {figures.upper()}",
+            )
     names = [f"{kernel.removeprefix('memopt::')}\n{about}" for kernel, about in samples]
     axes.set_yticks([y + 0.18 for y in range(len(names))], names, fontsize=5)
     axes.invert_yaxis()
     axes.axvline(1.0, color="#000000", linewidth=0.8)
-    axes.set_xlabel("bytes to and from memory / least possible")
-    axes.legend(fontsize=8, frameon=False)
+    axes.set_xlabel("bytes moved / bytes of arguments and results")
+    figure.legend(fontsize=8, frameon=False, ncols=4, loc="outside upper right")
     figure.savefig(path)
     pyplot.close(figure)
     return path

@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from bench.kernel_tables import code_table, kernel_section, speed_table, traffic
 from bench.libraries import LIBRARIES
 from bench.liger_kernels import LIGER
 from bench.results import header, save
+from bench.triton import ahead
 from bench.triton.ahead import TARGETS
 from bench.triton.interpreter import install
 from memopt.kernels import specs
@@ -59,7 +61,7 @@ def test_the_first_norm_has_bytes_and_code_for_every_target() -> None:
     statistics_bytes = 4 * x.numel() // x.shape[-1]
     assert ours["ideal_bytes"] == 2 * x.nbytes + weight.nbytes + statistics_bytes
     assert 1 <= ours["dram_bytes"] / ours["ideal_bytes"] <= 1.02
-    assert ours["sample"].startswith("x 8x64x1024, weight 1024, eps 1e-06")
+    assert ours["sample"] == "x 8x64x1024, weight 1024, eps 1e-06"
     code = [r for r in rows if r["kind"] == "kernel_code"]
     assert [r["target"] for r in code] == [str(target) for target in TARGETS]
     assert all(r["function"] == "norm_forward" and r["registers"] > 0 for r in code)
@@ -84,8 +86,17 @@ def test_a_library_that_is_not_installed_is_a_skipped_row(monkeypatch: pytest.Mo
     found = importlib.util.find_spec
     without = lambda name: None if name == "liger_kernel" else found(name)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", without)
+    monkeypatch.setattr(ahead, "TARGETS", ())
     liger = [r for r in rows_of_the_first_norm() if r["peer"] == "liger"]
     assert [(r["status"], "not installed" in r["error"]) for r in liger] == [("skipped", True)]
+
+
+def test_a_kernel_that_does_not_compile_is_a_failed_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "TARGETS", (90,))
+    monkeypatch.setattr(ahead, "compile_for", Mock(side_effect=RuntimeError("out of registers")))
+    (code,) = [r for r in rows_of_the_first_norm() if r["kind"] == "kernel_code"]
+    assert (code["status"], code["error"]) == ("failed", "RuntimeError: out of registers")
+    assert "| failed |" in code_table([code])
 
 
 def test_without_triton_there_is_one_skipped_row(monkeypatch: pytest.MonkeyPatch) -> None:
