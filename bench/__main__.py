@@ -2,17 +2,24 @@
 
 import argparse
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from bench import compare, plot, startup
+from bench import compare, kernels, plot, startup
 from bench.cases import CASES, DEFAULT, QUICK_CASES
 from bench.peers import PEERS, QUICK
 from bench.results import header, save
 from bench.runner import run_case
 from bench.zoo import MODELS
 
+# Cases that are no training steps: what runs each, and what it measures.
+OTHERS: Mapping[str, tuple[Callable[..., list[dict[str, Any]]], str]] = {
+    startup.CASE: (startup.run, "compile time of a 32-layer Llama, cold and warm"),
+    kernels.CASE: (kernels.run, "every kernel: bytes, code for four GPUs, on cuda its speed"),
+}
 CONSOLE = Console()
 
 
@@ -92,7 +99,8 @@ def _list(_: argparse.Namespace) -> int:
     for case in CASES.values():
         tags = " ".join(sorted(MODELS[case.model].tags))
         say(f"{case.name:28} {case.size:6} outputs {case.outputs:8} {tags}")
-    say(f"{startup.CASE:28} compile time of a 32-layer Llama, cold and warm")
+    for name, other in OTHERS.items():
+        say(f"{name:28} {other[1]}")
     say("peers:")
     for peer in PEERS.values():
         say(f"{peer.name:30} {peer.description}")
@@ -103,14 +111,15 @@ def _run(arguments: argparse.Namespace) -> int:
     quick = arguments.quick
     names = arguments.cases or (QUICK_CASES if quick else DEFAULT)
     peers = arguments.peers.split(",") if arguments.peers else QUICK if quick else None
-    unknown = [name for name in names if name not in CASES and name != startup.CASE]
+    unknown = [name for name in names if name not in CASES and name not in OTHERS]
     if unknown:
         print(f"no case {unknown[0]!r}; see: python -m bench list", file=sys.stderr)
         return 2
     head, rows = header(arguments.seed, arguments.device), []
     for name in names:
-        if name == startup.CASE:
-            rows += startup.run(arguments.device, say)
+        if name in OTHERS:
+            measure, _ = OTHERS[name]
+            rows += measure(arguments.device, say)
         else:
             rows += [
                 row.to_dict()

@@ -12,6 +12,7 @@ from matplotlib import pyplot
 
 from bench import tables
 from bench.compare import Rows, step_rows
+from bench.kernel_tables import by_sample, kernel_section
 from bench.results import load
 
 MIB = 2**20
@@ -68,6 +69,13 @@ def _section(stem: str, results: dict[str, Any], assets: Path) -> tuple[list[Pat
     startup = tables.startup_table(results)
     if startup:
         parts += ["### Compile time, 32-layer Llama\n", startup]
+    if section := kernel_section(results["rows"]):
+        parts.append("### kernels\n")
+        picture = _kernel_picture(results["rows"], assets / f"{stem}_kernels.png")
+        if picture:
+            pictures.append(picture)
+            parts.append(f"![Bytes moved by each kernel](assets/{picture.name})\n")
+        parts.append(section)
     return pictures, "\n".join(parts)
 
 
@@ -103,6 +111,35 @@ def _picture(rows: Rows, case: str, path: Path) -> Path | None:
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path)
+    pyplot.close(figure)
+    return path
+
+
+def _kernel_picture(rows: Sequence[dict[str, Any]], path: Path) -> Path | None:
+    """Bytes of every kernel over those that it must move; None if none were counted."""
+    samples = by_sample(row for row in rows if "dram_bytes" in row)
+    if not samples:
+        return None
+    height = 1.0 + 0.45 * len(samples)
+    figure, axes = pyplot.subplots(figsize=(8.0, height), dpi=150, layout="constrained")
+    for place, (peer, colour) in enumerate((("memopt", "#D55E00"), ("liger", "#009E73"))):
+        found = [(y, each[peer]) for y, each in enumerate(samples.values()) if peer in each]
+        for figures, alpha in (("l2", 0.4), ("dram", 1.0)):
+            axes.barh(
+                [y + 0.36 * place for y, _ in found],
+                [row[f"{figures}_bytes"] / row["ideal_bytes"] for _, row in found],
+                height=0.34,
+                color=colour,
+                alpha=alpha,
+                label=f"{peer}, {figures.upper()}",
+            )
+    names = [f"{kernel.removeprefix('memopt::')}\n{about}" for kernel, about in samples]
+    axes.set_yticks([y + 0.18 for y in range(len(names))], names, fontsize=5)
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="#000000", linewidth=0.8)
+    axes.set_xlabel("bytes moved / bytes of arguments and results")
+    figure.legend(fontsize=8, frameon=False, ncols=4, loc="outside upper right")
     figure.savefig(path)
     pyplot.close(figure)
     return path

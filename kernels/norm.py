@@ -19,6 +19,7 @@ arXiv:2410.10989.
 Legend: ``N`` rows, ``H`` entries of a row.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,6 +32,7 @@ from memopt.kernels.spec import Arguments, KernelSpec, Results
 
 # A program keeps rows in registers, and beside them the sums of the weight's gradient.
 MOST_WIDTH = 8192
+_LARGE = 32768  # rows, whose bytes no cache holds
 
 torch.library.define(
     "memopt::norm",
@@ -248,22 +250,22 @@ def _launch_backward(*args: Any) -> Results:
     return triton_norm.backward(*args)
 
 
-def _samples(dtype: torch.dtype) -> Iterator[Arguments]:
+def _samples(dtype: torch.dtype, rows: int = 512) -> Iterator[Arguments]:
     """Llama's, Gemma's with a residual, layer norm, one with nothing, and odd sizes."""
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape).to(dtype)
 
-    yield draw(8, 64, 1024), None, draw(1024), None, 1e-6, 0.0, False
-    yield draw(512, 512), draw(512, 512), draw(512), None, 1e-6, 1.0, False
-    yield draw(512, 768), None, draw(768), draw(768), 1e-5, 0.0, True
+    yield draw(8, rows // 8, 1024), None, draw(1024), None, 1e-6, 0.0, False
+    yield draw(rows, 512), draw(rows, 512), draw(512), None, 1e-6, 1.0, False
+    yield draw(rows, 768), None, draw(768), draw(768), 1e-5, 0.0, True
     yield draw(256, 512) + 3, draw(256, 512), draw(512), draw(512), 1e-5, 0.0, True
     yield draw(33, 64), None, None, None, 1e-6, 0.0, False
     yield draw(7, 333), draw(7, 333), draw(333), None, 1e-6, 0.0, False
     yield draw(16, 3, 128)[:, 1], None, draw(128), None, 1e-6, 0.0, False
 
 
-def _backward_samples(dtype: torch.dtype) -> Iterator[Arguments]:
-    for sample in _samples(dtype):
+def _backward_samples(dtype: torch.dtype, rows: int = 512) -> Iterator[Arguments]:
+    for sample in _samples(dtype, rows):
         x, residual, weight, bias, eps, offset, centred = sample
         _, total, mean, rstd = _plain(*sample)
         dy, dtotal = torch.randn(2, *x.shape).to(dtype)
@@ -279,6 +281,7 @@ SPEC = KernelSpec(
     plain=_plain,
     launch=_launch,
     samples=_samples,
+    large=functools.partial(_samples, rows=_LARGE),
     l2_share=1.5,  # every program reads the weight and the bias
     source="arXiv:1910.07467, arXiv:1607.06450, arXiv:2410.10989",
 )
@@ -287,6 +290,7 @@ BACKWARD_SPEC = KernelSpec(
     plain=_plain_backward,
     launch=_launch_backward,
     samples=_backward_samples,
+    large=functools.partial(_backward_samples, rows=_LARGE),
     source=SPEC.source,
 )
 SPEC.implement()

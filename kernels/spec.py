@@ -28,6 +28,8 @@ class KernelSpec:
         launch: the operator in Triton code.
         samples: arguments to try for a dtype, on the CPU, the usual ones first; sizes that fit
             no block, strides and left-out arguments among them.
+        large: arguments like the usual ones, of a size that is worth timing on a GPU; None where
+            the samples are.
         l2_share: sectors that programs move to and from the shared cache, over those that move
             to and from memory: above 1 where several programs read the same.
         source: the paper or system that the kernel comes from.
@@ -37,6 +39,7 @@ class KernelSpec:
     plain: Callable[..., Results]
     launch: Callable[..., Results]
     samples: Callable[[torch.dtype], Iterable[Arguments]]
+    large: Callable[[torch.dtype], Iterable[Arguments]] | None = None
     l2_share: float = 1.0
     source: str
 

@@ -142,7 +142,7 @@ class _Pointer:
         return 0
 
 
-class _Driver(DriverBase):  # type: ignore[misc]
+class AbsentDriver(DriverBase):  # type: ignore[misc]
     """A device that compiles and cannot launch."""
 
     def __init__(self, target: Target) -> None:
@@ -194,7 +194,7 @@ class _Driver(DriverBase):  # type: ignore[misc]
 def _present(target: Target) -> Iterator[None]:
     """Within it, Triton believes that the target is there."""
     before = driver._active
-    driver.set_active(_Driver(target))
+    driver.set_active(AbsentDriver(target))
     try:
         yield
     finally:
