@@ -87,9 +87,7 @@ def _plain(
     return y.contiguous(), x.new_empty(0) if residual is None else total.contiguous(), mean, rstd
 
 
-def _scaled(
-    normal: Tensor, weight: Tensor | None, bias: Tensor | None, offset: float
-) -> Tensor:
+def _scaled(normal: Tensor, weight: Tensor | None, bias: Tensor | None, offset: float) -> Tensor:
     if weight is not None:
         normal = normal * (weight.to(normal.dtype) + offset)
     return normal if bias is None else normal + bias.to(normal.dtype)
@@ -130,7 +128,11 @@ def _plain_backward(
     normal = normal * rstd[..., None]
     g = _wide(dy)
     of_weight, of_bias = (
-        (of.reshape(-1, of.shape[-1]).sum(0).to(like.dtype) if on else g.new_empty(0, dtype=like.dtype))
+        (
+            of.reshape(-1, of.shape[-1]).sum(0).to(like.dtype)
+            if on
+            else g.new_empty(0, dtype=like.dtype)
+        )
         if like is not None
         else g.new_empty(0)
         for on, like, of in zip(wanted, (weight, bias), (g * normal, g), strict=True)
@@ -207,9 +209,7 @@ def _backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Any) -> tu
         dx, of_weight, of_bias, _ = run(
             dy, dtotal, total, weight, bias, mean, rstd, ctx.offset, wanted, False
         )
-        of_weight, of_bias = (
-            t if on else None for t, on in zip((of_weight, of_bias), wanted, strict=True)
-        )
+        of_weight, of_bias = of_weight if wanted[0] else None, of_bias if wanted[1] else None
     return dx, dx if ctx.added else None, of_weight, of_bias, None, None, None
 
 
@@ -230,7 +230,7 @@ def backward_scratch_bytes(dy: Tensor, *args: Any) -> int:
     from memopt.kernels import triton_norm  # here, because Triton is optional
 
     rows = size_hint(dy.numel()) // size_hint(dy.shape[-1])
-    wanted = sum(args[7])
+    wanted: int = sum(args[7])
     return triton_norm.programs(dy, rows) * size_hint(dy.shape[-1]) * 4 * wanted
 
 
@@ -252,6 +252,7 @@ def _launch_backward(*args: Any) -> Results:
 
 def _samples(dtype: torch.dtype, rows: int = 512) -> Iterator[Arguments]:
     """Llama's, Gemma's with a residual, layer norm, one with nothing, and odd sizes."""
+
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape).to(dtype)
 
@@ -266,7 +267,7 @@ def _samples(dtype: torch.dtype, rows: int = 512) -> Iterator[Arguments]:
 
 def _backward_samples(dtype: torch.dtype, rows: int = 512) -> Iterator[Arguments]:
     for sample in _samples(dtype, rows):
-        x, residual, weight, bias, eps, offset, centred = sample
+        x, residual, weight, bias, _, offset, centred = sample
         _, total, mean, rstd = _plain(*sample)
         dy, dtotal = torch.randn(2, *x.shape).to(dtype)
         wanted = [weight is not None, bias is not None]

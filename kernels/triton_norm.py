@@ -272,10 +272,8 @@ def backward(
     assert flat is not None
     assert stream is not None
     count = programs(dy, len(flat))
-    parts = [  # in float32 where they are still to be added up
-        None if not on else like.new_empty(width)
-        if count == 1
-        else like.new_empty(count, width, dtype=torch.float32)
+    parts = [
+        _part(like, count) if on and like is not None else None
         for on, like in zip(wanted, (weight, bias), strict=True)
     ]
     dx = total.new_empty(total.shape)
@@ -288,12 +286,22 @@ def backward(
             triton.cdiv(len(flat), count), ROWS=rows, BLOCK=block, num_warps=warps_each,
             enable_fp_fusion=True,
         )  # fmt: skip
-    vectors = [
-        total.new_empty(0, dtype=torch.float32 if like is None else like.dtype)
-        if part is None
-        else part
-        if count == 1
-        else part.sum(0).to(like.dtype)
-        for part, like in zip(parts, (weight, bias), strict=True)
-    ]
-    return dx, *vectors, y
+    empty = rstd.new_empty(0)
+    of_weight, of_bias = _total(parts[0], weight, empty), _total(parts[1], bias, empty.clone())
+    return dx, of_weight, of_bias, y
+
+
+def _part(like: Tensor, count: int) -> Tensor:
+    """What each program's part of a gradient is written to: the result itself where one runs."""
+    if count == 1:
+        return like.new_empty(like.shape)
+    return like.new_empty(count, len(like), dtype=torch.float32)
+
+
+def _total(part: Tensor | None, like: Tensor | None, empty: Tensor) -> Tensor:
+    """The sum of all parts; empty where there are none."""
+    if like is None:
+        return empty
+    if part is None:
+        return like.new_empty(0)
+    return part if part.dim() == 1 else part.sum(0).to(like.dtype)

@@ -121,7 +121,8 @@ def _late_reads(own: fx.Node, late: set[fx.Node]) -> Iterator[tuple[fx.Node, fx.
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:
     """What a node depends on."""
-    found, stack = set(), [node]
+    found: set[fx.Node] = set()
+    stack = [node]
     while stack:
         new = set(stack.pop().all_input_nodes) - found
         found |= new
