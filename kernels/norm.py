@@ -205,7 +205,7 @@ def _backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Any) -> tu
         dx, of_weight, of_bias = dtotal, None, None
     else:
         wanted = [*ctx.needs_input_grad[2:4]]
-        run = _plain_backward if torch.is_grad_enabled() else NORM_BACKWARD
+        run: Any = _plain_backward if torch.is_grad_enabled() else NORM_BACKWARD
         dx, of_weight, of_bias, _ = run(
             dy, dtotal, total, weight, bias, mean, rstd, ctx.offset, wanted, False
         )

@@ -286,9 +286,7 @@ def backward(
             triton.cdiv(len(flat), count), ROWS=rows, BLOCK=block, num_warps=warps_each,
             enable_fp_fusion=True,
         )  # fmt: skip
-    empty = rstd.new_empty(0)
-    of_weight, of_bias = _total(parts[0], weight, empty), _total(parts[1], bias, empty.clone())
-    return dx, of_weight, of_bias, y
+    return dx, _sum(parts[0], weight, rstd), _sum(parts[1], bias, rstd), y
 
 
 def _part(like: Tensor, count: int) -> Tensor:
@@ -298,10 +296,9 @@ def _part(like: Tensor, count: int) -> Tensor:
     return like.new_empty(count, len(like), dtype=torch.float32)
 
 
-def _total(part: Tensor | None, like: Tensor | None, empty: Tensor) -> Tensor:
-    """The sum of all parts; empty where there are none."""
-    if like is None:
-        return empty
+def _sum(part: Tensor | None, like: Tensor | None, otherwise: Tensor) -> Tensor:
+    """The sum of all programs' parts; empty where there are none, of this or the other dtype."""
     if part is None:
-        return like.new_empty(0)
+        return (otherwise if like is None else like).new_empty(0)
+    assert like is not None
     return part if part.dim() == 1 else part.sum(0).to(like.dtype)
