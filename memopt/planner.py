@@ -81,10 +81,18 @@ class Search:
     def free(self) -> Candidate:
         """The level of least peak that takes no longer than the saved set known to be fast.
 
-        A peak that is lower by less than the model may be wrong is not worth a change.
+        Nor does it recompute more: bytes that are not saved gain less time than the model says
+        where caches hold them. A peak that is lower by less than the model may be wrong is not
+        worth a change.
         """
-        most = self.fastest.seconds, _CLEARLY_LOWER * self.fastest.peak_bytes
-        found = [c for c in self.levels if c.seconds <= most[0] and c.peak_bytes <= most[1]]
+        fastest = self.fastest
+        found = [
+            c
+            for c in self.levels
+            if c.seconds <= fastest.seconds
+            and c.recompute_seconds <= fastest.recompute_seconds
+            and c.peak_bytes <= _CLEARLY_LOWER * fastest.peak_bytes
+        ]
         return min(found, key=lambda c: (c.peak_bytes, c.seconds), default=self.fastest)
 
     @cached_property

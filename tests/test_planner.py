@@ -167,3 +167,10 @@ def test_without_a_budget_a_plan_costs_no_time_over_the_fast_one(every: Exhauste
     assert plan.seconds <= search.fastest.seconds
     lower = plan.peak_bytes < search.fastest.peak_bytes
     assert lower or plan.saved == search.fastest.saved
+
+
+def test_without_a_budget_nothing_runs_again_that_the_fast_one_keeps(every: Exhausted) -> None:
+    kept = every.problem.keep_everything()
+    plan = Search(every.problem, fastest=kept.saved).plan(None)
+    assert plan is not None
+    assert plan.recompute_seconds == 0
