@@ -167,8 +167,9 @@ def _save(ctx: Any, inputs: Arguments, output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    gate, up = ctx.saved_tensors
     run = plain_backward if torch.is_grad_enabled() else GATED_BACKWARD
-    dgate, dup, _ = run(dy, *ctx.saved_tensors, ctx.activation, False)
+    dgate, dup, _ = run(dy, gate, up, ctx.activation, False)
     return dgate, dup, None
 
 

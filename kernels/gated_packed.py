@@ -103,8 +103,9 @@ def _save(ctx: Any, inputs: Arguments, output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    (x,) = ctx.saved_tensors
     run = _plain_backward if torch.is_grad_enabled() else GATED_PACKED_BACKWARD
-    dx, _ = run(dy, *ctx.saved_tensors, ctx.activation, ctx.gate_last, False)
+    dx, _ = run(dy, x, ctx.activation, ctx.gate_last, False)
     return dx, None, None
 
 

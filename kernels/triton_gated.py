@@ -186,7 +186,7 @@ def _laid_out(*tensors: Tensor) -> list[Tensor]:
 
 def _block(width: int) -> int:
     """Columns of a tile: the widest of those that leave the fewest lanes idle."""
-    widest = min(_TILE, triton.next_power_of_2(width))
+    widest: int = min(_TILE, triton.next_power_of_2(width))
     narrower = (widest >> halvings for halvings in range(1, widest.bit_length()))
     blocks = [widest, *(block for block in narrower if block >= _NARROWEST)]
     return max(blocks, key=lambda b: min(_BUSY, width / (triton.cdiv(width, b) * b)))

@@ -72,7 +72,7 @@ def test_in_float64_it_is_its_spelling_and_so_are_its_gradients(activation: str)
 @pytest.mark.parametrize("gate_last", [False, True])
 def test_packed_in_float64_it_is_its_spelling(activation: str, gate_last: bool) -> None:
     x, dy = 3 * torch.randn(5, 32, dtype=torch.float64), torch.randn(5, 16, dtype=torch.float64)
-    options = {"activation": activation, "gate_last": gate_last}
+    options: dict[str, Any] = {"activation": activation, "gate_last": gate_last}
     mine, plain = (partial(f, **options) for f in (GATED_PACKED, spelled_packed))
     assert_equal_in_float64(run(mine, [x], dy), run(plain, [x], dy))
 
@@ -97,7 +97,7 @@ def test_it_is_as_near_to_float64_as_eager_is(
 def test_packed_it_is_as_near_to_float64_as_eager_is(
     either: None, gate_last: bool, dtype: torch.dtype
 ) -> None:
-    options = {"activation": "silu", "gate_last": gate_last}
+    options: dict[str, Any] = {"activation": "silu", "gate_last": gate_last}
     mine, plain = (partial(f, **options) for f in (GATED_PACKED, spelled_packed))
 
     def draw() -> Results:
