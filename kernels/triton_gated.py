@@ -31,7 +31,7 @@ def _places(rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.program_id(0)
     tiles = (width - 1) // BLOCK + 1  # a width next to 2**31 plus BLOCK would overflow
     row = (program // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = (program % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    column = program % tiles * BLOCK + tl.arange(0, BLOCK)  # in 64 bits where the width is
     inside = (row < rows)[:, None] & (column < width)[None, :]
     return row[:, None], column[None, :], inside
 

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from bench.triton.interpreter import install
-from memopt._torch import FakeTensorMode
+from memopt._torch import FakeTensorMode, aot_autograd
 from memopt.errors import ConfigError
 from memopt.kernels import gated, spec
 from memopt.kernels.gated import GATED, GATED_BACKWARD
@@ -103,6 +103,22 @@ def test_packed_it_is_as_near_to_float64_as_eager_is(
     def draw() -> Results:
         x, dy = torch.randn(8, 2 * 300).to(dtype), torch.randn(8, 300).to(dtype)
         return run(mine, [x], dy), run(plain, [x.double()], dy.double()), run(plain, [x], dy)
+
+    assert_draws_within_reference_error(draw, 3)
+
+
+def test_a_second_derivative_does_without_the_kernel(either: None) -> None:
+    def second(operator: Any, x: Tensor, dy: Tensor, weight: Tensor) -> list[Tensor]:
+        """Gradients of a weighted sum of gradients, by the input and the upstream gradient."""
+        x, dy = x.clone().requires_grad_(), dy.clone().requires_grad_()
+        y = operator(x, "silu", False)
+        (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+        return list(torch.autograd.grad((dx * weight).sum(), (x, dy)))
+
+    def draw() -> Results:
+        inputs = torch.randn(8, 600), torch.randn(8, 300), torch.randn(8, 600)
+        exact = second(spelled_packed, *(t.double() for t in inputs))
+        return second(GATED_PACKED, *inputs), exact, second(spelled_packed, *inputs)
 
     assert_draws_within_reference_error(draw, 3)
 
@@ -223,3 +239,19 @@ def test_shapes_are_followed_where_they_are_dynamic() -> None:
         for actual, expected in zip(compiled(x), step(x), strict=True):
             assert torch.equal(actual, expected)
     assert len(graphs) == 1
+
+
+def test_a_traced_backward_calls_the_operators() -> None:
+    called: set[Any] = set()
+
+    def compiler(graph: Any, inputs: Any) -> Any:
+        called.update(node.target for node in graph.graph.nodes)
+        return graph
+
+    def step(x: Tensor) -> tuple[Tensor, ...]:
+        return GATED(*x.exp().chunk(2, -1), "silu"), GATED_PACKED(x.exp(), "gelu", True)
+
+    compiled = torch.compile(step, backend=aot_autograd(fw_compiler=compiler), dynamic=True)
+    results = compiled(torch.randn(3, 16, requires_grad=True))
+    torch.autograd.backward([y.sum() for y in results])
+    assert {GATED, GATED_BACKWARD, GATED_PACKED, GATED_PACKED_BACKWARD} <= called

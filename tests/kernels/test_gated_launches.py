@@ -79,9 +79,9 @@ def test_tiles_of_halves_leave_few_lanes_idle(width: int) -> None:
 
 
 def test_rows_beyond_two_to_the_31st_are_reached(interpreted: None) -> None:
-    stride = 2**31 + 16  # of virtual memory; only a few pages are touched
-    near, dy = torch.randn(2, 80).half(), torch.randn(2, 40).half()
-    far = torch.empty(stride + 80, dtype=torch.float16).as_strided((2, 80), (stride, 1))
+    stride = 2**30 + 16  # of virtual memory; only a few pages are touched
+    near, dy = torch.randn(3, 80).half(), torch.randn(3, 40).half()
+    far = torch.empty(2 * stride + 80, dtype=torch.float16).as_strided((3, 80), (stride, 1))
     far.copy_(near)
     assert torch.equal(GATED_PACKED(far, "silu", False), GATED_PACKED(near, "silu", False))
     pairs = (GATED_PACKED_BACKWARD(dy, x, "silu", False, True) for x in (far, near))
@@ -170,7 +170,9 @@ def test_no_activation_takes_more_scratch(activation: str, dtype: torch.dtype) -
 def test_scratch_of_a_launch_is_what_it_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (spec, gated):
         monkeypatch.setattr(module, "serves", lambda x: True)
-    whole = torch.randn(64, 2, 1024)
-    for gate, up in (whole.unbind(1), torch.randn(2, 1024, 192).mT.unbind()):
+    even = torch.randn(64, 2, 1024).unbind(1)
+    uneven = torch.randn(2, 16, 12, 1024).transpose(1, 2).unbind()
+    transposed = torch.randn(2, 1024, 192).mT.unbind()
+    for gate, up in (even, uneven, transposed):
         call = partial(GATED, gate, up, "silu")
         assert_scratch_is(gated.scratch_bytes(gate, up, "silu"), call)
