@@ -25,6 +25,8 @@ def scratch_table() -> Mapping[str, Callable[..., int]]:
         contrastive,
         divergence,
         embedding_gradient,
+        gated,
+        gated_packed,
         linear_cross_entropy,
         norm,
     )
@@ -36,6 +38,10 @@ def scratch_table() -> Mapping[str, Callable[..., int]]:
         "memopt.contrastive": contrastive.scratch_bytes,
         "memopt.embedding_gradient": embedding_gradient.scratch_bytes,
         "memopt.embedding_rows": embedding_gradient.rows_scratch_bytes,
+        "memopt.gated": gated.scratch_bytes,
+        "memopt.gated_backward": gated.backward_scratch_bytes,
+        "memopt.gated_packed": gated_packed.scratch_bytes,
+        "memopt.gated_packed_backward": gated_packed.backward_scratch_bytes,
         "memopt.norm": norm.scratch_bytes,
         "memopt.norm_backward": norm.backward_scratch_bytes,
     }
@@ -44,9 +50,10 @@ def scratch_table() -> Mapping[str, Callable[..., int]]:
 @functools.cache
 def specs() -> tuple["KernelSpec", ...]:
     """What every kernel that is one operator states of itself."""
-    from memopt.kernels import norm
+    from memopt.kernels import gated, gated_packed, norm
 
-    return norm.SPEC, norm.BACKWARD_SPEC
+    modules = (gated, gated_packed, norm)
+    return tuple(spec for module in modules for spec in (module.SPEC, module.BACKWARD_SPEC))
 
 
 @functools.cache

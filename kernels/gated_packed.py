@@ -1,0 +1,178 @@
+"""Gated activations of one tensor that holds gate and up side by side, as Phi-3 has them.
+
+What `memopt.kernels.gated` is for two tensors. Halves are read where they lie, and the gradient is
+written as two halves: nothing is split into copies, and nothing concatenated.
+
+Saved for the backward: the input.
+
+Pays: where `memopt.kernels.gated` does, and by one more read and write of the gradient.
+
+Sources: those of `memopt.kernels.gated`; one product for gate and up is Narang et al. (2021), "Do
+Transformer Modifications Transfer Across Implementations and Applications?", arXiv:2102.11972.
+
+Legend: ``F`` width of the hidden layer.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memopt.errors import ConfigError
+from memopt.kernels import gated
+from memopt.kernels.spec import Arguments, KernelSpec, Results
+
+torch.library.define(
+    "memopt::gated_packed", "(Tensor x, str activation, bool gate_last) -> Tensor"
+)
+torch.library.define(
+    "memopt::gated_packed_backward",
+    "(Tensor dy, Tensor x, str activation, bool gate_last, bool again) -> (Tensor, Tensor)",
+)
+GATED_PACKED = torch.ops.memopt.gated_packed.default
+GATED_PACKED_BACKWARD = torch.ops.memopt.gated_packed_backward.default
+
+
+def halves(x: Tensor, gate_last: bool) -> tuple[Tensor, Tensor]:
+    """Gate and up, views of `(..., 2F)`.
+
+    Raises:
+        ConfigError: there are no two halves.
+    """
+    if x.dim() < 1 or x.shape[-1] % 2:
+        raise ConfigError(f"x is {tuple(x.shape)}: allowed is `(..., 2F)`, gate and up in a row")
+    width = x.shape[-1] // 2
+    first, second = x[..., :width], x[..., width:]
+    return (second, first) if gate_last else (first, second)
+
+
+def _plain(x: Tensor, activation: str, gate_last: bool) -> Results:
+    """The activation of one half, times the other.
+
+    Args:
+        x: `(..., 2F)`.
+        activation: one of `memopt.kernels.gated.ACTIVATIONS`.
+        gate_last: whether the gate is the second half.
+
+    Returns:
+        `(..., F)`, of the same dtype, contiguous.
+
+    Raises:
+        ConfigError: the activation is not known, or the width is odd.
+    """
+    return gated.plain(*halves(x, gate_last), activation)
+
+
+def _plain_backward(
+    dy: Tensor, x: Tensor, activation: str, gate_last: bool, again: bool
+) -> Results:
+    """Gradient of both halves, and the result once more.
+
+    Args:
+        dy: `(..., F)`.
+        x: `(..., 2F)`.
+        activation: one of `memopt.kernels.gated.ACTIVATIONS`.
+        gate_last: whether the gate is the second half.
+        again: whether the result is wanted.
+
+    Returns:
+        `(..., 2F)`, and `(..., F)` or, where it is not wanted, an empty tensor.
+
+    Raises:
+        ConfigError: the activation is not known, or the width is odd.
+    """
+    dgate, dup, y = gated.plain_backward(dy, *halves(x, gate_last), activation, again)
+    return torch.cat((dup, dgate) if gate_last else (dgate, dup), -1), y
+
+
+def _fake(x: Tensor, activation: str, gate_last: bool) -> Tensor:
+    return gated.fake(*halves(x, gate_last), activation)
+
+
+def _fake_backward(
+    dy: Tensor, x: Tensor, activation: str, gate_last: bool, again: bool
+) -> Results:
+    *_, y = gated.fake_backward(dy, *halves(x, gate_last), activation, again)
+    return x.new_empty(x.shape), y
+
+
+def _save(ctx: Any, inputs: Arguments, output: Tensor) -> None:
+    x, ctx.activation, ctx.gate_last = inputs
+    ctx.save_for_backward(x)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    (x,) = ctx.saved_tensors
+    run = _plain_backward if torch.is_grad_enabled() else GATED_PACKED_BACKWARD
+    dx, _ = run(dy, x, ctx.activation, ctx.gate_last, False)
+    return dx, None, None
+
+
+torch.library.register_fake("memopt::gated_packed", _fake)
+torch.library.register_fake("memopt::gated_packed_backward", _fake_backward)
+torch.library.register_autograd("memopt::gated_packed", _backward, setup_context=_save)
+
+
+def scratch_bytes(x: Tensor, activation: str, gate_last: bool) -> int:
+    """What ``gated_packed`` allocates besides its result, in bytes, at most."""
+    return gated.scratch_bytes(*halves(x, gate_last), activation)
+
+
+def backward_scratch_bytes(
+    dy: Tensor, x: Tensor, activation: str, gate_last: bool, again: bool
+) -> int:
+    """What ``gated_packed_backward`` allocates besides its results, in bytes, at most."""
+    return gated.backward_scratch_bytes(dy, *halves(x, gate_last), activation, again)
+
+
+def _launch(*args: Any) -> Results:
+    from memopt.kernels import triton_gated  # here, because Triton is optional
+
+    return triton_gated.packed_forward(*args)
+
+
+def _launch_backward(*args: Any) -> Results:
+    from memopt.kernels import triton_gated
+
+    return triton_gated.packed_backward(*args)
+
+
+def _samples(dtype: torch.dtype) -> Iterator[Arguments]:
+    """Phi-3's, one with the gate last, a width of no power of two; then odd layouts."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape).to(dtype)
+
+    yield draw(2, 16, 2 * 1024), "silu", False
+    yield draw(32, 2 * 512), "gelu_tanh", True
+    yield draw(16, 2 * 1536), "gelu", False
+    yield draw(9, 2 * 999), "relu", True
+    yield draw(16, 3, 2 * 128)[:, 1], "sigmoid", False
+    yield draw(2 * 64, 24).t(), "relu_squared", False
+    yield draw(2 * 64), "quick_gelu", True
+    yield draw(3, 0), "silu", False
+
+
+def _backward_samples(dtype: torch.dtype) -> Iterator[Arguments]:
+    for number, (x, activation, gate_last) in enumerate(_samples(dtype)):
+        dy = torch.randn(*x.shape[:-1], x.shape[-1] // 2).to(dtype)
+        yield dy, x, activation, gate_last, number % 2 == 1
+
+
+SPEC = KernelSpec(
+    name="memopt::gated_packed",
+    plain=_plain,
+    launch=_launch,
+    samples=_samples,
+    source=f"{gated.SPEC.source}, arXiv:2102.11972",
+)
+BACKWARD_SPEC = KernelSpec(
+    name="memopt::gated_packed_backward",
+    plain=_plain_backward,
+    launch=_launch_backward,
+    samples=_backward_samples,
+    source=gated.BACKWARD_SPEC.source,
+)
+SPEC.implement()
+BACKWARD_SPEC.implement()
