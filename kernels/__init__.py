@@ -27,6 +27,7 @@ def scratch_table() -> Mapping[str, Callable[..., int]]:
         embedding_gradient,
         linear_cross_entropy,
         norm,
+        rotary,
     )
 
     return {
@@ -38,15 +39,16 @@ def scratch_table() -> Mapping[str, Callable[..., int]]:
         "memopt.embedding_rows": embedding_gradient.rows_scratch_bytes,
         "memopt.norm": norm.scratch_bytes,
         "memopt.norm_backward": norm.backward_scratch_bytes,
+        **dict.fromkeys(("memopt.rotary", "memopt.rotary_"), rotary.scratch_bytes),
     }
 
 
 @functools.cache
 def specs() -> tuple["KernelSpec", ...]:
     """What every kernel that is one operator states of itself."""
-    from memopt.kernels import norm
+    from memopt.kernels import norm, rotary
 
-    return norm.SPEC, norm.BACKWARD_SPEC
+    return norm.SPEC, norm.BACKWARD_SPEC, rotary.SPEC
 
 
 @functools.cache
