@@ -67,14 +67,14 @@ def _plain(
         inverse: whether to turn back.
 
     Returns:
-        `(B, Hq, S, D)` and `(B, Hk, S, D)`, with the order of strides of ``q`` and ``k``, and
-        their strides where those leave no gaps.
+        `(B, Hq, S, D)` and `(B, Hk, S, D)`, entries side by side, with the order of strides of
+        ``q`` and ``k``, and their strides where those leave no gaps.
 
     Raises:
         ConfigError: shapes or dtypes are not these, or a table requires a gradient.
     """
     _check(q, k, cos, sin, rotary_dim)
-    results = torch.empty_like(q), torch.empty_like(k)
+    results = unwritten(q), unwritten(k)
     _turn((q, k), results, cos, sin, rotary_dim, interleaved, inverse)
     return results
 
@@ -120,6 +120,13 @@ def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     return x[..., :half], x[..., half:]
 
 
+def unwritten(t: Tensor) -> Tensor:
+    """Room for what queries or keys, fake or real, become: a transposed view stays one."""
+    side_by_side = t.stride(-1) == 1
+    order = torch.preserve_format if side_by_side else torch.contiguous_format
+    return torch.empty_like(t, memory_format=order)
+
+
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> None:
     fits = (
         q.dim() == k.dim() == 4
@@ -151,7 +158,7 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> N
 
 def _fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, *_: bool) -> Results:
     _check(q, k, cos, sin, rotary_dim)
-    return torch.empty_like(q), torch.empty_like(k)
+    return unwritten(q), unwritten(k)
 
 
 def _save(ctx: Any, inputs: Arguments, output: Results) -> None:
@@ -215,7 +222,7 @@ def _in_place(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *options: Any) -> 
     if serves(q):
         from memopt.kernels import triton_rotary  # here, because Triton is optional
 
-        triton_rotary.rotate(q, k, cos, sin, *options, in_place=True)
+        triton_rotary.rotate(q, k, cos, sin, *options, results=(q, k))
     else:
         _turn((q, k), (q, k), cos, sin, *options)
 
@@ -260,11 +267,11 @@ def _bytes(t: Tensor, dtype: torch.dtype | None = None) -> int:
     return size_hint(t.numel()) * (dtype or t.dtype).itemsize
 
 
-def _launch(*args: Any) -> Results:
+def _launch(q: Tensor, k: Tensor, *options: Any) -> Results:
     from memopt.kernels import triton_rotary
 
-    _check(*args[:5])
-    return triton_rotary.rotate(*args, in_place=False)
+    _check(q, k, *options[:3])
+    return triton_rotary.rotate(q, k, *options, results=(unwritten(q), unwritten(k)))
 
 
 def _samples(dtype: torch.dtype) -> Iterator[Arguments]:

@@ -26,9 +26,7 @@ _PER_THREAD = 8  # pairs: two times 128 bits of bfloat16
 
 
 @triton.jit
-def _load_pairs(
-    ptr, inside, WIDTH: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr
-):
+def _load_pairs(ptr, inside, WIDTH: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
     """First and second entries of the pairs of rows, in float32."""
     if INTERLEAVED:
         column = tl.arange(0, 2 * PAIRS)[None, None, :]
@@ -208,9 +206,9 @@ def rotate(
     interleaved: bool,
     inverse: bool,
     *,
-    in_place: bool,
+    results: Results,
 ) -> Results:
-    """As the operator ``memopt::rotary``, or ``memopt::rotary_``, which returns what it is given.
+    """Write queries and keys, rotated, into the results.
 
     Args:
         q: `(B, Hq, S, D)`.
@@ -220,9 +218,10 @@ def rotate(
         rotary_dim: ``R``.
         interleaved: whether the entries of a pair lie side by side.
         inverse: whether to turn back.
-        in_place: whether the results take the place of ``q`` and ``k``.
+        results: `(B, Hq, S, D)` and `(B, Hk, S, D)`, entries side by side; ``q`` and ``k``
+            themselves, or tensors that share no element with them.
     """
-    results = (q, k) if in_place else (torch.empty_like(q), torch.empty_like(k))
+    in_place = results[0] is q
     given = [_side_by_side(q), _side_by_side(k)]
     tables = [_side_by_side(cos), _side_by_side(sin)]
     batch, _, positions, size = q.shape

@@ -16,9 +16,7 @@ def heads(
     return torch.randn(batch, positions, count, size, dtype=dtype).transpose(1, 2)
 
 
-def tables(
-    batch: int = 2, positions: int = 5, width: int = 4, dtype: Any = torch.float64
-) -> Pair:
+def tables(batch: int = 2, positions: int = 5, width: int = 4, dtype: Any = torch.float64) -> Pair:
     """Cosines and sines `(B, S, W)`."""
     angles = torch.rand(batch, positions, width, dtype=torch.float64) * 6.3
     return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-
 import pytest
 import torch
 from torch import Tensor
 
+import bench  # noqa: F401 - before transformers, which takes our kernels for its own
 from memopt.kernels.rotary import ROTARY
 from tests.kernels.rotary_cases import (
     Pair,
@@ -23,8 +23,6 @@ from tests.references import (
     assert_within_reference_error,
 )
 
-import bench  # noqa: F401 - before transformers, which would take our folder of kernels for its own
-
 pytest.importorskip("transformers")
 
 from transformers.models.cohere import modeling_cohere
@@ -32,7 +30,6 @@ from transformers.models.glm import modeling_glm
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen2_vl import configuration_qwen2_vl, modeling_qwen2_vl
-
 
 
 @dataclass(frozen=True)
@@ -59,9 +56,7 @@ class Spelling:
 SPELLINGS = [
     Spelling("llama", modeling_llama.apply_rotary_pos_emb, False, by_halves, by_halves),
     Spelling("neox", modeling_gpt_neox.apply_rotary_pos_emb, False, by_halves, by_halves, 0.25),
-    Spelling(
-        "cohere", modeling_cohere.apply_rotary_pos_emb, True, by_neighbours, by_neighbours
-    ),
+    Spelling("cohere", modeling_cohere.apply_rotary_pos_emb, True, by_neighbours, by_neighbours),
     Spelling("glm", modeling_glm.apply_rotary_pos_emb, True, by_halves, by_neighbours, 0.5),
 ]
 every_spelling = pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: s.model)
@@ -71,7 +66,6 @@ every_spelling = pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: s.
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Functions of models that go through float32 go through float64."""
     monkeypatch.setattr(Tensor, "float", Tensor.double)
-
 
 
 @every_spelling
@@ -115,9 +109,7 @@ def test_it_is_as_near_to_float64_as_what_models_write(
 
     doubles = pairs[0].double(), pairs[1].double()
     exact = with_gradients(lambda q, k: mine(q, k, doubles), q.double(), k.double())
-    assert_within_reference_error(
-        with_gradients(mine, q, k), exact, with_gradients(theirs, q, k)
-    )
+    assert_within_reference_error(with_gradients(mine, q, k), exact, with_gradients(theirs, q, k))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from bench.triton.ahead import TARGETS, Target
+from bench.triton.ahead import TARGETS
 from bench.triton.gate import check_spec, uninitialised_is_nan
 from bench.triton.interpreter import install
 from bench.triton.trace import Launch, trace
@@ -18,34 +18,35 @@ from memopt.kernels import triton_rotary
 from memopt.kernels.rotary import SPEC
 from memopt.kernels.spec import Arguments, Results
 from tests.kernels.rotary_cases import by_halves, heads, tables
-from tests.references import LOW_PRECISION, assert_within_reference_error
+from tests.references import assert_within_reference_error
 
 install()
 
 
 def in_place(q: Tensor, k: Tensor, *options: Any) -> Results:
     """Of copies, which keep the strides."""
-    return triton_rotary.rotate(q.clone(), k.clone(), *options, in_place=True)
+    q, k = q.clone(), k.clone()
+    return triton_rotary.rotate(q, k, *options, results=(q, k))
 
 
 IN_PLACE = replace(SPEC, name="memopt::rotary_", launch=in_place)
 
 
-@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_in_place_passes_the_gate_and_gives_the_same_bits(dtype: torch.dtype) -> None:
     for number, sample in enumerate(SPEC.samples(dtype)):
-        q, k, *options = sample
         assert check_spec(IN_PLACE, sample) == [], f"sample {number}"
         for mine, apart in zip(in_place(*sample), SPEC.launch(*sample), strict=True):
             assert torch.equal(mine, apart), f"sample {number}"
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_every_form_compiles_well(target: Target, dtype: torch.dtype) -> None:
-    for sample in SPEC.samples(dtype):
-        assert check_spec(SPEC, sample, [target]) == []
-        assert check_spec(IN_PLACE, sample, [target]) == []
+def test_rare_forms_compile_well_too(dtype: torch.dtype) -> None:
+    samples = [*SPEC.samples(dtype)]
+    for sample in samples[3:]:
+        assert check_spec(SPEC, sample, TARGETS) == []
+    assert check_spec(IN_PLACE, samples[2], TARGETS) == []  # a part of each head
 
 
 def moved(run: Callable[[], object]) -> tuple[int, list[Launch]]:
@@ -67,9 +68,17 @@ def assert_right(sample: Arguments) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "rotary_dim"), [(2, 2), (10, 6), (34, 34), (80, 80), (128, 80), (200, 24), (256, 64)]
+    ("size", "rotary_dim", "counts"),
+    [
+        (2, 2, (1, 1)),
+        (10, 6, (7, 3)),
+        (34, 34, (12, 0)),
+        (80, 80, (8, 8)),
+        (96, 96, (3, 1)),
+        (128, 80, (0, 5)),
+        (256, 64, (6, 2)),
+    ],
 )
-@pytest.mark.parametrize("counts", [(1, 1), (7, 3), (12, 0), (24, 8)])
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
 def test_sizes_that_fit_no_block_will_do(
@@ -107,6 +116,18 @@ def test_in_place_moves_no_more_than_what_is_rotated(rotary_dim: int) -> None:
     assert dram_bytes == 2 * rotated + sum(t.nbytes for t in turned)
 
 
+def test_queries_and_keys_that_lie_in_one_tensor_are_rotated_where_they_are() -> None:
+    packed = heads(2, 12, 32, 64, torch.bfloat16)
+    q, k, values = packed.split([8, 2, 2], 1)
+    before, turned = values.clone(), tables(1, 32, 32, torch.bfloat16)
+    options = *turned, 64, False, False
+    expected = SPEC.launch(q, k, *options)
+    dram_bytes, launches = moved(lambda: triton_rotary.rotate(q, k, *options, results=(q, k)))
+    assert launches[0].conflicts == []
+    assert dram_bytes == 2 * (q.nbytes + k.nbytes) + sum(t.nbytes for t in turned)
+    assert torch.equal(packed, torch.cat([*expected, before], 1))
+
+
 @pytest.mark.parametrize(
     "view",
     [
@@ -130,17 +151,18 @@ def test_entries_that_do_not_lie_side_by_side_are_copied_first(
 
 @pytest.mark.parametrize("far", ["batch", "head", "position"])
 def test_offsets_beyond_two_to_the_31st_reach_their_rows(far: str) -> None:
-    stride = 2**31 + 16  # of virtual memory; only a few pages are touched
+    stride = 2**29 + 16  # of virtual memory; only a few pages are touched
     strides = {"batch": 256, "head": 64, "position": 16, far: stride}
-    shape = tuple(2 if name == far else n for name, n in zip(strides, (2, 4, 4), strict=True))
-    whole = torch.empty(stride + 2048, dtype=torch.bfloat16)
+    shape = tuple(5 if name == far else n for name, n in zip(strides, (2, 4, 4), strict=True))
+    whole = torch.empty(4 * stride + 2048, dtype=torch.bfloat16)
     q = whole.as_strided((*shape, 16), (*strides.values(), 1))
     q.copy_(torch.randn(q.shape))
     options = *tables(1, shape[2], 8, torch.float32), 16, False, False
     expected = SPEC.launch(q.clone(), q.clone(), *options)
     for mine, near in zip(SPEC.launch(q, q.clone(), *options), expected, strict=True):
         assert torch.equal(mine, near)
-    triton_rotary.rotate(q, q.clone(), *options, in_place=True)
+    k = q.clone()
+    triton_rotary.rotate(q, k, *options, results=(q, k))
     assert torch.equal(q, expected[0])
 
 
@@ -153,9 +175,7 @@ def test_two_runs_give_the_same_bits() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "backward"])
-def test_it_moves_no_more_bytes_than_liger(
-    dtype: torch.dtype, batch: int, inverse: bool
-) -> None:
+def test_it_moves_no_more_bytes_than_liger(dtype: torch.dtype, batch: int, inverse: bool) -> None:
     rope = pytest.importorskip("liger_kernel.ops.rope")
     q, k = heads(2, 8, 32, 128, dtype), heads(2, 2, 32, 128, dtype)
     cos, sin = (by_halves(t) for t in tables(batch, 32, 64, dtype))

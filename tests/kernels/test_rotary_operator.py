@@ -21,7 +21,7 @@ def test_first_and_second_derivatives_are_right(
     interleaved: bool, inverse: bool, width: int
 ) -> None:
     q, k = heads(size=8).requires_grad_(), heads(count=1, size=8).requires_grad_()
-    given = q, k, *tables(1, width=width), 6, interleaved, inverse
+    given: Any = q, k, *tables(1, width=width), 6, interleaved, inverse
     assert torch.autograd.gradcheck(ROTARY, given)
     assert torch.autograd.gradgradcheck(ROTARY, given)
 
@@ -65,7 +65,7 @@ def test_results_keep_the_strides(order: tuple[int, ...]) -> None:
     q = dense.permute([order.index(i) for i in range(4)])
     turned_by = tables()
     turned, _ = ROTARY(q, q, *turned_by, 8, False, False)
-    assert turned.stride() == q.stride()
+    assert turned.stride() == (q if order[-1] == 3 else q.contiguous()).stride()
     assert_equal_in_float64([turned], [ROTARY(q.contiguous(), q, *turned_by, 8, False, False)[0]])
 
 
