@@ -246,5 +246,6 @@ BACKWARD_SPEC = KernelSpec(
     samples=_backward_samples,
     source="arXiv:2410.10989",
 )
-SPEC.implement()
-BACKWARD_SPEC.implement()
+SPECS = (SPEC, BACKWARD_SPEC)
+for _spec in SPECS:
+    _spec.implement()

@@ -174,5 +174,6 @@ BACKWARD_SPEC = KernelSpec(
     samples=_backward_samples,
     source=gated.BACKWARD_SPEC.source,
 )
-SPEC.implement()
-BACKWARD_SPEC.implement()
+SPECS = (SPEC, BACKWARD_SPEC)
+for _spec in SPECS:
+    _spec.implement()

@@ -294,5 +294,6 @@ BACKWARD_SPEC = KernelSpec(
     large=functools.partial(_backward_samples, rows=_LARGE),
     source=SPEC.source,
 )
-SPEC.implement()
-BACKWARD_SPEC.implement()
+SPECS = (SPEC, BACKWARD_SPEC)
+for _spec in SPECS:
+    _spec.implement()
