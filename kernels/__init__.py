@@ -22,11 +22,15 @@ _DIVERGENCES = [f"memopt.linear_divergence{form}" for form in _FORMS]
 def scratch_table() -> Mapping[str, Callable[..., int]]:
     """What each operator allocates besides its results, in bytes, from its arguments."""
     from memopt.kernels import (
+        bits,
         contrastive,
         divergence,
         embedding_gradient,
         linear_cross_entropy,
+        masking,
         norm,
+        quantise,
+        softmax,
     )
 
     return {
@@ -38,15 +42,31 @@ def scratch_table() -> Mapping[str, Callable[..., int]]:
         "memopt.embedding_rows": embedding_gradient.rows_scratch_bytes,
         "memopt.norm": norm.scratch_bytes,
         "memopt.norm_backward": norm.backward_scratch_bytes,
+        "memopt.pack_bits": bits.pack_scratch_bytes,
+        "memopt.unpack_bits": bits.unpack_scratch_bytes,
+        "memopt.apply_bits": bits.apply_scratch_bytes,
+        "memopt.dropout_bits": masking.dropout_scratch_bytes,
+        "memopt.relu_bits": masking.relu_scratch_bytes,
+        "memopt.quantise": quantise.scratch_bytes,
+        "memopt.dequantise": quantise.dequantise_scratch_bytes,
+        "memopt.softmax": softmax.scratch_bytes,
+        "memopt.softmax_backward": softmax.backward_scratch_bytes,
     }
 
 
 @functools.cache
 def specs() -> tuple["KernelSpec", ...]:
     """What every kernel that is one operator states of itself."""
-    from memopt.kernels import norm
+    from memopt.kernels import bits, masking, norm, quantise, softmax
 
-    return norm.SPEC, norm.BACKWARD_SPEC
+    return (
+        norm.SPEC,
+        norm.BACKWARD_SPEC,
+        *bits.SPECS,
+        *masking.SPECS,
+        *quantise.SPECS,
+        *softmax.SPECS,
+    )
 
 
 @functools.cache

@@ -109,7 +109,7 @@ def check_spec(
         targets: what to compile it for.
     """
     plain = spec.plain(*arguments)
-    exact = spec.plain(*pytree.tree_map_only(Tensor, _to_float64, arguments))
+    exact = spec.plain(*in_float64(arguments))
     tensors = [t for t in (*pytree.tree_leaves(arguments), *plain) if isinstance(t, Tensor)]
     ideal = sum(t.nbytes for t in tensors)
     traffic = Traffic(dram_bytes=ideal, l2_bytes=int(ideal * spec.l2_share))
@@ -141,8 +141,16 @@ def uninitialised_is_nan() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _to_float64(t: Tensor) -> Tensor:
-    return t.double() if t.is_floating_point() else t
+def in_float64(arguments: Sequence[Any]) -> Any:
+    """The same arguments, with tensors of floating point, and dtypes of results, of float64."""
+
+    def widened(leaf: Any) -> Any:
+        if isinstance(leaf, torch.dtype):
+            return torch.float64 if leaf.is_floating_point else leaf
+        is_float = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return leaf.double() if is_float else leaf
+
+    return pytree.tree_map(widened, arguments)
 
 
 def _for(target: Target, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -155,11 +163,18 @@ def _for(target: Target, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
 def numbers(
     results: Sequence[Tensor], float64: Sequence[Tensor], low_precision: Sequence[Tensor]
 ) -> list[str]:
-    """Results further from float64 than the reference in low precision, or half a unit."""
+    """Results further from float64 than the reference in low precision, or half a unit.
+
+    Whole numbers and bools must be the reference's.
+    """
     found = []
     for index, (mine, exact, plain) in enumerate(
         zip(results, float64, low_precision, strict=True)
     ):
+        if not mine.is_floating_point():
+            if not torch.equal(mine, plain):
+                found.append(f"result {index} is not the reference's")
+            continue
         unit = torch.finfo(mine.dtype).eps / 2 * exact.norm().item()
         error = (mine.double() - exact).norm().item()
         allowed = (plain.double() - exact).norm().item() + unit
@@ -170,9 +185,7 @@ def numbers(
 
 def memory(launches: Sequence[Launch], traffic: Traffic) -> list[str]:
     """Conflicts, and more traffic than declared."""
-    found = [
-        f"{launch.name}: {conflict}" for launch in launches for conflict in launch.conflicts
-    ]
+    found = [f"{launch.name}: {conflict}" for launch in launches for conflict in launch.conflicts]
     for name, declared in (("dram", traffic.dram_bytes), ("l2", traffic.l2_bytes)):
         moved = sum(getattr(launch, f"{name}_bytes") for launch in launches)
         if moved > _SLACK * declared:

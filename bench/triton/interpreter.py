@@ -34,7 +34,7 @@ from triton.runtime.jit import JITFunction
 from bench.triton.builder import Builder, rounded
 from bench.triton.mode import MODE, Array
 
-_LIBDEVICE: Mapping[str, Callable[[Array], Array]] = {"tanh": np.tanh}
+_LIBDEVICE: Mapping[str, Callable[[Array], Array]] = {"rint": np.rint, "tanh": np.tanh}
 
 
 def install() -> None:
