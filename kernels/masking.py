@@ -26,16 +26,23 @@ from torch import Tensor
 
 from memopt._torch import size_hint
 from memopt.errors import ConfigError
-from memopt.kernels.bits import APPLY_BITS, bytes_of, drawn, pack
+from memopt.kernels.bits import (
+    APPLY_BITS,
+    bytes_of,
+    copied_for_bits,
+    drawn,
+    masked_scratch_bytes,
+    pack,
+    wide_copy,
+)
 from memopt.kernels.blocks import pieces
 from memopt.kernels.inputs import within
 from memopt.kernels.philox import random_words
-from memopt.kernels.row_views import copied_bytes
 from memopt.kernels.serving import launched, serves
 from memopt.kernels.spec import Arguments, KernelSpec, Results
 
 # Entries whose random words exist at a time on the CPU; a multiple of four.
-_DRAWN_AT_ONCE = 2**16
+_DRAWN_AT_ONCE = 2**14
 
 torch.library.define(
     "memopt::dropout_bits", "(Tensor x, Tensor seed, float p) -> (Tensor, Tensor)"
@@ -72,15 +79,20 @@ def _dropout(x: Tensor, seed: Tensor, p: float) -> Results:
         ConfigError: the seed is not one int64, or ``p`` is no probability.
     """
     check_dropout(seed, p)
+    kept = _kept(x, seed.view(()), bound_of(p))
+    (packed,) = pack(kept)
+    return wide_copy(x).mul_(kept).mul_(factor_of(p)).to(x.dtype), packed
+
+
+def _kept(x: Tensor, seed: Tensor, bound: int) -> Tensor:
+    """Which entries are, drawn a few at a time."""
     kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
     for piece in pieces(x.numel(), _DRAWN_AT_ONCE):
         counter = torch.arange(piece.start // 4, -(-piece.stop // 4), device=x.device)
-        words = random_words(counter, seed.view(()))[: piece.stop - piece.start]
+        words = random_words(counter, seed)[: piece.stop - piece.start]
         signed = words.to(torch.int32).long()  # the bound may be one more than int32 holds
-        kept.view(-1)[piece] = signed >= bound_of(p)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    factors = kept.to(wide.dtype).mul_(factor_of(p))
-    return (wide * factors).to(x.dtype).contiguous(), *pack(kept)
+        kept.view(-1)[piece] = signed >= bound
+    return kept
 
 
 def _relu(x: Tensor) -> Results:
@@ -92,8 +104,9 @@ def _relu(x: Tensor) -> Results:
     Returns:
         The shape and dtype of ``x``, contiguous; `(ceil(numel / 8),)`, uint8.
     """
-    passes = ~(x <= 0)
-    return torch.where(passes, x, 0.0).contiguous(), *pack(passes)
+    passes = (x <= 0).logical_not_()
+    (packed,) = pack(passes)
+    return torch.where(passes, x, 0.0).contiguous(), packed
 
 
 def check_dropout(seed: Tensor, p: float) -> None:
@@ -143,14 +156,14 @@ torch.library.register_autograd("memopt::relu_bits", _backward_relu, setup_conte
 def dropout_scratch_bytes(x: Tensor, seed: Tensor, p: float) -> int:
     """What ``dropout_bits`` allocates besides its results, in bytes, at most."""
     if serves(x):
-        return copied_bytes(x)
-    entries, size, wide = size_hint(x.numel()), x.element_size(), max(4, x.element_size())
-    return entries * (1 + 2 * wide) + 0 * size
+        return copied_for_bits(x)
+    floats = size_hint(x.numel()) * max(4, x.element_size())  # the mask as factors
+    return floats + masked_scratch_bytes(x)
 
 
 def relu_scratch_bytes(x: Tensor) -> int:
     """What ``relu_bits`` allocates besides its results, in bytes, at most."""
-    return copied_bytes(x) if serves(x) else 2 * size_hint(x.numel())
+    return copied_for_bits(x) if serves(x) else size_hint(x.numel())
 
 
 def _relu_samples(dtype: torch.dtype) -> Iterator[Arguments]:

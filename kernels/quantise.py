@@ -3,19 +3,19 @@
 The last dimension is cut into groups; the last one of a row may be shorter. With codes from 0:
 
 * symmetric: ``x = scale * (code - 2**(bits - 1))``, ``scale = max|x| / (2**(bits - 1) - 1)``;
-  code 0 is not used, and 0 comes back as 0;
+  code 0 stands for nothing, and 0 comes back as 0;
 * asymmetric: ``x = zero + scale * code``, ``scale = (max(x) - min(x)) / (2**bits - 1)``, where
   the zero point is the group's smallest value, so that it comes back as it was: a ReLU's zeros
   do, and all of a group of equal values.
 
-Codes are rounded to nearest, ties to even. In float32 a number comes back within
-``(1/2 + 2**-14) * scale``: half a step, and what float32 itself rounds off (products of up to 255
-steps, each rounded three times). A narrower result dtype adds half a unit of its own.
+Codes are rounded to nearest, ties to even. A number comes back within ``(1/2 + 2**-14) * scale``
+and a unit in the last place of its dtype: half a step, and what float32 rounds off on the way
+there (three times) and back (once), at up to 255 steps.
 
 A scale is at least the smallest normal float32 number, so that it can be divided by; so a group
-of zeros has code ``2**(bits - 1)``, or 0, and comes back as zeros. A group that holds a NaN or an
-infinity has the scale NaN and comes back as NaN, all of it; so does an asymmetric group whose
-values are 2**127 or more apart.
+of zeros comes back as zeros. A group that holds a NaN or an infinity has the scale NaN, codes of
+0, and comes back as NaN, all of it. So does one that float32 might not hold on the way back:
+symmetric with a number of 2**127 or more, or asymmetric with numbers so far apart.
 
 Two codes of 4 bits share a byte, the earlier one in the lower half; a row of odd length ends in
 a half that is 0.
@@ -30,6 +30,7 @@ groups: Dettmers et al. (2022), "8-bit optimizers via block-wise quantization", 
 Legend: ``H`` entries of a row, ``G = ceil(H / group)`` groups, ``B = ceil(H * bits / 8)`` bytes.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,32 +88,33 @@ def _quantise(x: Tensor, bits: int, group: int, symmetric: bool) -> Results:
     check(x.dim(), bits, group)
     if not x.numel():
         return _fake_quantise(x, bits, group, symmetric)
-    z = _grouped(x.to(torch.promote_types(x.dtype, torch.float32)), group)
-    zero, largest = z.new_empty(0), torch.finfo(z.dtype).max
+    z = _grouped(x, group, torch.promote_types(x.dtype, torch.float32))
+    low, high = z.aminmax(dim=-1)
     if symmetric:
-        scale = _scale(z.abs().amax(-1), 2 ** (bits - 1) - 1, largest)
-        codes = (z * scale.reciprocal()[..., None]).round_() + 2 ** (bits - 1)
+        scale = _scale(torch.maximum(-low, high), 2 ** (bits - 1) - 1)
+        z.mul_(scale.reciprocal()[..., None]).round_().add_(2 ** (bits - 1))
     else:
-        zero, high = z.aminmax(dim=-1)
-        scale = _scale(high - zero, 2**bits - 1, largest / 2)
-        zero.masked_fill_(scale.isnan(), torch.nan)
-        codes = ((z - zero[..., None]) * scale.reciprocal()[..., None]).round_()
-    whole = codes.nan_to_num_(0.0).to(torch.uint8).flatten(-2)[..., : x.shape[-1]]
-    return (_halves(whole) if bits == 4 else whole).contiguous(), scale, zero
+        scale = _scale(high - low, 2**bits - 1)
+        low.masked_fill_(scale.isnan(), torch.nan)
+        z.sub_(low[..., None]).mul_(scale.reciprocal()[..., None]).round_()
+    codes = z.nan_to_num_(0.0).to(torch.uint8).flatten(-2)[..., : x.shape[-1]]
+    packed = (_halves(codes) if bits == 4 else codes).contiguous()
+    return packed, scale, z.new_empty(0) if symmetric else low
 
 
-def _scale(span: Tensor, steps: int, widest: float) -> Tensor:
-    """The step of so many that cover a span; NaN where it is wider than it may be, or NaN."""
+def _scale(span: Tensor, steps: int) -> Tensor:
+    """The step of so many that cover a span; NaN where it is too wide, or NaN."""
     scale = (span / steps).clamp_(min=_SMALLEST_SCALE)
-    return scale.masked_fill_(~(span <= widest), torch.nan)
+    return scale.masked_fill_(~(span <= torch.finfo(span.dtype).max / 2), torch.nan)
 
 
-def _grouped(z: Tensor, group: int) -> Tensor:
-    """`(..., G, group)`; the last group is filled up with the row's last entry."""
-    missing = -z.shape[-1] % group
-    if missing:
-        z = torch.cat([z, z[..., -1:].expand(*z.shape[:-1], missing)], -1)
-    return z.unflatten(-1, (-1, group))
+def _grouped(t: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """A copy `(..., G, group)`; the last group is filled up with the row's last entry."""
+    *rows, width = t.shape
+    z = t.new_empty(*rows, groups_of(width, group) * group, dtype=dtype)
+    z[..., :width] = t
+    z[..., width:] = t[..., -1:]
+    return z.view(*rows, -1, group)
 
 
 def _halves(codes: Tensor) -> Tensor:
@@ -149,20 +151,19 @@ def _dequantise(
         ConfigError: for other bits and groups, and codes of another shape.
     """
     check_packed(packed, shape, bits, group)
-    width = shape[-1]
     if not packed.numel():
         return (packed.new_empty(shape, dtype=dtype),)
-    if not packed.numel():
-        return (packed.new_empty(shape, dtype=dtype),)
-    codes = packed
-    if bits == 4:
-        codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)[..., :width]
-    steps = _grouped(codes.to(scale.dtype), group)
+    z = _grouped(_whole(packed, shape[-1]) if bits == 4 else packed, group, scale.dtype)
     if zero.numel():
-        values = zero[..., None] + steps * scale[..., None]
+        z.mul_(scale[..., None]).add_(zero[..., None])
     else:
-        values = (steps - 2 ** (bits - 1)) * scale[..., None]
-    return (values.flatten(-2)[..., :width].to(dtype).contiguous(),)
+        z.sub_(2 ** (bits - 1)).mul_(scale[..., None])
+    return (z.flatten(-2)[..., : shape[-1]].to(dtype).contiguous(),)
+
+
+def _whole(packed: Tensor, width: int) -> Tensor:
+    """Codes of 4 bits, a byte each."""
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)[..., :width]
 
 
 def check(dimensions: int, bits: int, group: int) -> None:
@@ -212,7 +213,12 @@ def scratch_bytes(x: Tensor, bits: int, group: int, symmetric: bool) -> int:
     """What ``quantise`` allocates besides its results, in bytes, at most."""
     if serves(x):
         return copied_bytes(x)
-    return 3 * size_hint(x.numel()) * max(4, x.element_size())
+    *rows, width = (size_hint(size) for size in x.shape)
+    wide, groups = max(4, x.element_size()), math.prod(rows) * groups_of(width, group)
+    codes = 0 if bits == 8 and width % group == 0 else groups * group
+    halves = math.prod(rows) * packed_width(width, 4) if bits == 4 else 0
+    padded = math.prod(rows) * (width + 1) if bits == 4 and width % 2 else 0
+    return groups * (group + (2 if symmetric else 1)) * wide + codes + halves + padded
 
 
 def dequantise_scratch_bytes(
@@ -227,7 +233,12 @@ def dequantise_scratch_bytes(
     """What ``dequantise`` allocates besides its result, in bytes, at most."""
     if serves(packed):
         return 0
-    return 3 * size_hint(packed.numel()) * (8 // bits) * scale.element_size()
+    entries = math.prod(size_hint(size) for size in shape)
+    grouped = size_hint(scale.numel()) * group * scale.element_size()
+    is_result = dtype == scale.dtype and size_hint(shape[-1]) % group == 0
+    if is_result:
+        return entries if bits == 4 else 0
+    return grouped
 
 
 def _launch_dequantise(packed: Tensor, scale: Tensor, *rest: Any) -> Results:

@@ -164,12 +164,18 @@ def scratch_bytes(x: Tensor, *_: Any) -> int:
     return size_hint(x.numel()) * (wide if x.element_size() == wide else 2 * wide)
 
 
-def backward_scratch_bytes(dy: Tensor, y: Tensor, x: Tensor | None, *_: Any) -> int:
+def backward_scratch_bytes(
+    dy: Tensor, y: Tensor, x: Tensor | None, scale: float, softcap: float
+) -> int:
     """What ``softmax_backward`` allocates besides its result, in bytes, at most."""
-    read = [t for t in (dy, y, x) if t is not None]
     if serves(dy):
-        return sum(copied_bytes(t) for t in read)
-    return size_hint(dy.numel()) * max(4, dy.element_size()) * (1 + len(read))
+        return sum(copied_bytes(t) for t in (dy, y, x if softcap else None) if t is not None)
+    size, wide = y.element_size(), max(4, y.element_size())
+    if size < wide:
+        each = 5 * wide - size if softcap else 4 * wide
+    else:
+        each = 2 * wide if softcap else wide
+    return size_hint(dy.numel()) * each
 
 
 def _samples(dtype: torch.dtype) -> Iterator[Arguments]:

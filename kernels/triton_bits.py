@@ -23,7 +23,7 @@ from memopt.kernels.spec import Results
 # load of 128 bits has.
 _TILE = 2048
 _PER_THREAD = 16
-_UNPACKED_TILE = 4096
+_UNPACKED_TILE = 8192
 _UNPACKED_PER_THREAD = 128
 
 

@@ -17,11 +17,12 @@ from memopt.kernels.row_views import by_rows
 from memopt.kernels.serving import warps
 from memopt.kernels.spec import Results
 
-# Entries of a program, and bytes of codes that a thread reads: two loads of 128 bits, because
-# there are one or two others of scales and zero points.
-_TILE = 2048
-_PER_THREAD = 16
-_BYTES_PER_THREAD = 32
+# Entries of a program, and of a thread. A thread reads two or four times 128 bits of codes: there
+# are loads of scales and zero points besides.
+_QUANTISED_TILE = 2048
+_QUANTISED_PER_THREAD = 16
+_TILE = 4096
+_PER_THREAD = 64
 
 
 @triton.jit
@@ -70,7 +71,7 @@ def quantise_groups(
     if zero_ptr is None:
         span = tl.max(tl.where(finite, tl.abs(x), float("inf")), axis=1)
         scale = tl.maximum(tl.div_rn(span, 2 ** (BITS - 1) - 1.0), 2.0**-126)
-        scale = tl.where(span < float("inf"), scale, float("nan"))
+        scale = tl.where(span < 2.0**127, scale, float("nan"))
         codes = libdevice.rint(x * tl.div_rn(1.0, scale)[:, None]) + 2 ** (BITS - 1)
     else:
         high = tl.where(inside, tl.where(finite, x, float("inf")), float("-inf"))
@@ -148,12 +149,12 @@ def quantise(x: Tensor, bits: int, group: int, symmetric: bool) -> Results:
     zero = x.new_empty(0 if symmetric else scales, dtype=torch.float32)
     if not x.numel():
         return packed, scale, zero
-    flat, each = by_rows(x), max(1, _TILE // group)
+    flat, each = by_rows(x), max(1, _QUANTISED_TILE // group)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         quantise_groups[(triton.cdiv(scale.numel(), each),)](
             flat, packed, scale, None if symmetric else zero, scale.numel(), scales[-1], width,
             packed.shape[-1], flat.stride(0), BITS=bits, GROUPS=each, GROUP=group,
-            num_warps=warps(_TILE // _PER_THREAD), enable_fp_fusion=False,
+            num_warps=warps(_QUANTISED_TILE // _QUANTISED_PER_THREAD), enable_fp_fusion=False,
         )  # fmt: skip
     return packed, scale, zero
 
@@ -172,12 +173,11 @@ def dequantise(
     y = packed.new_empty(shape, dtype=dtype)
     if not y.numel():
         return (y,)
-    tile = _TILE * 8 // bits
-    each, threads = max(1, tile // group), tile * bits // 8 // _BYTES_PER_THREAD
+    each = max(1, _TILE // group)
     with torch.cuda.device_of(packed):
         dequantise_groups[(triton.cdiv(scale.numel(), each),)](
             packed.contiguous(), scale.contiguous(), zero.contiguous() if zero.numel() else None,
             y, scale.numel(), scale.shape[-1], shape[-1], packed.shape[-1], BITS=bits,
-            GROUPS=each, GROUP=group, num_warps=warps(threads), enable_fp_fusion=True,
+            GROUPS=each, GROUP=group, num_warps=warps(_TILE // _PER_THREAD), enable_fp_fusion=True,
         )  # fmt: skip
     return (y,)
