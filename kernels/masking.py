@@ -31,7 +31,6 @@ from memopt.kernels.bits import (
     bytes_of,
     copied_for_bits,
     drawn,
-    masked_scratch_bytes,
     pack,
     wide_copy,
 )
@@ -157,8 +156,8 @@ def dropout_scratch_bytes(x: Tensor, seed: Tensor, p: float) -> int:
     """What ``dropout_bits`` allocates besides its results, in bytes, at most."""
     if serves(x):
         return copied_for_bits(x)
-    floats = size_hint(x.numel()) * max(4, x.element_size())  # the mask as factors
-    return floats + masked_scratch_bytes(x)
+    wide = max(4, x.element_size())  # of the product, and of the mask as factors
+    return size_hint(x.numel()) * (1 + 2 * wide - x.element_size())
 
 
 def relu_scratch_bytes(x: Tensor) -> int:

@@ -213,11 +213,12 @@ def scratch_bytes(x: Tensor, bits: int, group: int, symmetric: bool) -> int:
     """What ``quantise`` allocates besides its results, in bytes, at most."""
     if serves(x):
         return copied_bytes(x)
-    *rows, width = (size_hint(size) for size in x.shape)
-    wide, groups = max(4, x.element_size()), math.prod(rows) * groups_of(width, group)
+    width, wide = size_hint(x.shape[-1]), max(4, x.element_size())
+    rows = size_hint(x.numel()) // max(1, width)
+    groups: int = rows * groups_of(width, group)
     codes = 0 if bits == 8 and width % group == 0 else groups * group
-    halves = math.prod(rows) * packed_width(width, 4) if bits == 4 else 0
-    padded = math.prod(rows) * (width + 1) if bits == 4 and width % 2 else 0
+    halves = rows * packed_width(width, 4) if bits == 4 else 0
+    padded = rows * (width + 1) if bits == 4 and width % 2 else 0
     return groups * (group + (2 if symmetric else 1)) * wide + codes + halves + padded
 
 

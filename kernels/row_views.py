@@ -17,7 +17,7 @@ def by_rows(t: Tensor) -> Tensor:
         `(N, H)`.
     """
     flat = t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
-    return flat if flat.stride(1) == 1 else flat.contiguous()
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
 def copied_bytes(t: Tensor, *, dense: bool = False) -> int:
@@ -29,8 +29,9 @@ def copied_bytes(t: Tensor, *, dense: bool = False) -> int:
     """
     sizes = [size_hint(size) for size in t.shape]
     strides = [size_hint(stride) for stride in t.stride()]
-    read = len(sizes) if dense else len(sizes) - 1
-    steps = [pair for pair in zip(sizes[:read], strides[:read], strict=True) if pair[0] != 1]
-    even = all(far == near * size for (_, far), (size, near) in pairwise(steps))
-    beside = not sizes or sizes[-1] == 1 or strides[-1] == 1
+    steps = [pair for pair in zip(sizes, strides, strict=True) if pair[0] != 1]
+    is_row = bool(sizes) and sizes[-1] != 1  # whether the last step is one within a row
+    above = steps[:-1] if is_row and not dense else steps
+    even = all(far == near * size for (_, far), (size, near) in pairwise(above))
+    beside = steps[-1:] == [] or steps[-1][1] == 1 or not (is_row or dense)
     return 0 if even and beside else size_hint(t.numel()) * t.element_size()
