@@ -22,14 +22,18 @@ _DIVERGENCES = [f"memopt.linear_divergence{form}" for form in _FORMS]
 def scratch_table() -> Mapping[str, Callable[..., int]]:
     """What each operator allocates besides its results, in bytes, from its arguments."""
     from memopt.kernels import (
+        bits,
         contrastive,
         divergence,
         embedding_gradient,
         gated,
         gated_packed,
         linear_cross_entropy,
+        masking,
         norm,
+        quantise,
         rotary,
+        softmax,
     )
 
     return {
@@ -46,15 +50,33 @@ def scratch_table() -> Mapping[str, Callable[..., int]]:
         "memopt.norm": norm.scratch_bytes,
         "memopt.norm_backward": norm.backward_scratch_bytes,
         **dict.fromkeys(("memopt.rotary", "memopt.rotary_"), rotary.scratch_bytes),
+        "memopt.pack_bits": bits.pack_scratch_bytes,
+        "memopt.unpack_bits": bits.unpack_scratch_bytes,
+        "memopt.apply_bits": bits.apply_scratch_bytes,
+        "memopt.dropout_bits": masking.dropout_scratch_bytes,
+        "memopt.relu_bits": masking.relu_scratch_bytes,
+        "memopt.quantise": quantise.scratch_bytes,
+        "memopt.dequantise": quantise.dequantise_scratch_bytes,
+        "memopt.softmax": softmax.scratch_bytes,
+        "memopt.softmax_backward": softmax.backward_scratch_bytes,
     }
 
 
 @functools.cache
 def specs() -> tuple["KernelSpec", ...]:
     """What every kernel that is one operator states of itself."""
-    from memopt.kernels import gated, gated_packed, norm, rotary
+    from memopt.kernels import (
+        bits,
+        gated,
+        gated_packed,
+        masking,
+        norm,
+        quantise,
+        rotary,
+        softmax,
+    )
 
-    modules = (gated, gated_packed, norm, rotary)
+    modules = (norm, gated, gated_packed, rotary, softmax, bits, masking, quantise)
     return tuple(spec for module in modules for spec in module.SPECS)
 
 

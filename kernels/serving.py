@@ -1,12 +1,16 @@
 """Where Triton kernels run: on GPUs that Triton knows well, if it is installed."""
 
 import functools
+import importlib
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Masks and packed numbers are of whole numbers.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.uint8)
 
 
 def serves(x: Tensor) -> bool:
@@ -22,6 +26,20 @@ def serves(x: Tensor) -> bool:
         and torch.cuda.is_available()
         and torch.cuda.get_device_capability(x.device) >= (8, 0)
     )
+
+
+def launched(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module with Triton code, imported at the first call: Triton is optional.
+
+    Args:
+        module: in `memopt.kernels`.
+        name: of the function.
+    """
+
+    def launch(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"memopt.kernels.{module}"), name)(*args)
+
+    return launch
 
 
 @functools.cache

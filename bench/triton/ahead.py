@@ -106,7 +106,7 @@ def compile_for(
     Raises:
         triton.CompilationError: the kernel does not compile; and what else Triton raises.
     """
-    passed, jitted = {**arguments, "enable_fp_fusion": True}, kernel  # 3.9 warns if it is not said
+    passed, jitted = {"enable_fp_fusion": True, **arguments}, kernel  # 3.9 warns if it is not said
     while not isinstance(jitted, JITFunction):
         if isinstance(jitted, Autotuner):
             passed.update(jitted.configs[config].all_kwargs())

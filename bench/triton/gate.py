@@ -104,7 +104,7 @@ def check_spec(spec: KernelSpec, arguments: Sequence[Any]) -> list[str]:
         arguments: one of its samples.
     """
     plain = spec.plain(*arguments)
-    exact = spec.plain(*pytree.tree_map_only(Tensor, _to_float64, arguments))
+    exact = spec.plain(*in_float64(arguments))
     ideal = ideal_bytes(arguments, plain)
     traffic = Traffic(dram_bytes=ideal, l2_bytes=int(ideal * spec.l2_share))
 
@@ -147,8 +147,16 @@ def uninitialised_is_nan() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _to_float64(t: Tensor) -> Tensor:
-    return t.double() if t.is_floating_point() else t
+def in_float64(arguments: Sequence[Any]) -> Any:
+    """The same arguments, with tensors of floating point, and dtypes of results, of float64."""
+
+    def widened(leaf: Any) -> Any:
+        if isinstance(leaf, torch.dtype):
+            return torch.float64 if leaf.is_floating_point else leaf
+        is_float = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return leaf.double() if is_float else leaf
+
+    return pytree.tree_map(widened, arguments)
 
 
 def for_target(target: Target, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -163,12 +171,17 @@ def numbers(
 ) -> list[str]:
     """Results further from float64 than the reference in low precision, or half a unit.
 
-    Whole numbers have no unit: as many may be off, by as much, as in the reference.
+    Of other whole numbers as many may be off, by as much, as in the reference; bits and bools must
+    be its own.
     """
     found = []
     for index, (mine, exact, plain) in enumerate(
         zip(results, float64, low_precision, strict=True)
     ):
+        if mine.dtype in (torch.bool, torch.uint8):
+            if not torch.equal(mine, plain):
+                found.append(f"result {index} is not the reference's")
+            continue
         eps = torch.finfo(mine.dtype).eps if mine.is_floating_point() else 0.0
         unit = eps / 2 * exact.double().norm().item()
         error = (mine.double() - exact).norm().item()

@@ -36,6 +36,7 @@ from bench.triton.mode import MODE, Array
 
 _LIBDEVICE: Mapping[str, Callable[[Array], Array]] = {
     "exp": np.exp,
+    "rint": np.rint,
     "rsqrt": lambda x: 1 / np.sqrt(x),
     "tanh": np.tanh,
 }

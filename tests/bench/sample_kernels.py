@@ -93,3 +93,12 @@ def masked(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
 def last_program(out_ptr):
     """Leaves the number of whichever program comes last."""
     tl.store(out_ptr, tl.program_id(0))
+
+
+@triton.jit
+def random_words(seed_ptr, counter_ptr, out_ptr, BLOCK: tl.constexpr):
+    """Triton's four words for each counter, one after another."""
+    rows = tl.arange(0, BLOCK)
+    words = tl.randint4x(tl.load(seed_ptr), tl.load(counter_ptr + rows))
+    for number in tl.static_range(4):
+        tl.store(out_ptr + rows * 4 + number, words[number].to(tl.int64))

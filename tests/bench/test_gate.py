@@ -9,7 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from bench.triton.gate import Build, Traffic, check
+from bench.triton.gate import Build, Traffic, check, in_float64, numbers
 from bench.triton.interpreter import install
 from tests.bench import sample_kernels as kernels
 
@@ -73,3 +73,20 @@ def test_loads_that_are_no_vectors_and_missing_tensor_cores_are_wrong() -> None:
     build = replace(BUILD, arguments={**BUILD.arguments, "n": 4099}, matrix_products=True)
     found = check(copied(), [X.double()], [X], DECLARED, build, targets=[90])
     assert ["128 bits" in found[0], "tensor cores" in found[1], len(found)] == [True, True, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_whole_numbers_and_bools_must_be_those_of_the_reference(dtype: torch.dtype) -> None:
+    plain = torch.tensor([0, 1, 1]).to(dtype)
+    wrong = torch.tensor([0, 0, 1]).to(dtype)
+    assert numbers([plain], [wrong.double()], [plain]) == []
+    assert numbers([wrong], [wrong.double()], [plain]) == ["result 0 is not the reference's"]
+    assert numbers([plain[:2]], [plain.double()], [plain]) == ["result 0 is not the reference's"]
+
+
+def test_in_float64_dtypes_of_results_are_too_and_whole_numbers_stay() -> None:
+    arguments = (torch.ones(2), torch.ones(2, dtype=torch.uint8), torch.bfloat16, [3, None], 0.5)
+    widened = in_float64(arguments)
+    assert widened[0].dtype == widened[2] == torch.float64
+    assert widened[1] is arguments[1]
+    assert widened[3:] == arguments[3:]
