@@ -118,7 +118,7 @@ def test_in_place_moves_no_more_than_what_is_rotated(rotary_dim: int) -> None:
 
 def test_queries_and_keys_that_lie_in_one_tensor_are_rotated_where_they_are() -> None:
     packed = heads(2, 12, 32, 64, torch.bfloat16)
-    q, k, values = packed.split([8, 2, 2], 1)
+    q, k, values = packed.split_with_sizes([8, 2, 2], 1)
     before, turned = values.clone(), tables(1, 32, 32, torch.bfloat16)
     options = *turned, 64, False, False
     expected = SPEC.launch(q, k, *options)

@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, fx
 
+from memopt._torch import CustomGraphPass, capture_output_code, inductor_config
 from memopt.errors import ConfigError
 from memopt.kernels.rotary import ROTARY, ROTARY_IN_PLACE, fits_in_place, scratch_bytes
 from tests.kernels.rotary_cases import heads, tables, with_gradients
@@ -97,7 +99,9 @@ def test_in_place_gives_the_same_bits(
     assert torch.equal(packed, torch.cat([*expected, others], 1))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 def test_functionalisation_takes_it_in_place(backend: str) -> None:
     options = *tables(), 8, False, False
 
@@ -108,6 +112,44 @@ def test_functionalisation_takes_it_in_place(backend: str) -> None:
 
     x = torch.stack([heads(), heads()])
     torch.testing.assert_close(torch.compile(function, backend=backend)(x), function(x))
+
+
+class _InPlace(CustomGraphPass):
+    """Puts the operator in place where it would return new tensors."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=ROTARY):
+            with graph.inserting_before(node):
+                graph.call_function(ROTARY_IN_PLACE, node.args)
+            for result in list(node.users):
+                result.replace_all_uses_with(node.args[result.args[1]])
+                graph.erase_node(result)
+            graph.erase_node(node)
+
+    def uuid(self) -> None:
+        """None: nothing is cached."""
+
+
+@pytest.mark.slow
+def test_behind_functionalisation_it_writes_into_what_a_product_returned() -> None:
+    turned, weight = tables(1), torch.randn(6, 8 * 8, dtype=torch.float64)
+
+    def function(x: Tensor) -> Tensor:
+        packed = (x @ weight).view(2, 5, 8, 8).transpose(1, 2)
+        q, k, v = packed.split_with_sizes([4, 2, 2], 1)
+        q, k = ROTARY(q, k, *turned, 8, False, False)
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    code: list[str] = []
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    passes = inductor_config.patch(post_grad_custom_post_pass=_InPlace())
+    with passes, torch.no_grad(), capture_output_code(code.append):
+        actual = torch.compile(function)(x)
+    assert_equal_in_float64([actual], [function(x)])
+    (emitted,) = code
+    assert "memopt.rotary_.default(reinterpret_tensor(" in emitted
+    assert "memopt.rotary.default(" not in emitted
+    assert emitted.count("empty_strided_cpu(") == 1  # the product
 
 
 def test_the_operator_in_place_keeps_torchs_contracts() -> None:
