@@ -79,7 +79,8 @@ def report(name: str, dtype_name: str, budget: str | None, device: str) -> dict[
     model, draws = MODELS[name](dtype)
     model = model.to(dtype)
     wide = [{k: _wide(t) for k, t in inputs.items()} for inputs in draws]
-    exact, plain = _eager(copy.deepcopy(model).double(), wide), _eager(model, draws)
+    exact = _eager(copy.deepcopy(model).double(), wide)
+    plain = _eager(copy.deepcopy(model).to(device), _on(device, draws))
     options = {**_OPTIONS, "memory_budget": budget}
     compiled, launches = (_on_gpu if device == "cuda" else _interpreted)(model, draws, options)
     return {
@@ -96,7 +97,7 @@ def _wide(t: Tensor) -> Tensor:
 def _stacked(steps: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> Results:
     losses, gradients = zip(*steps, strict=True)
     flat = [torch.cat([g.flatten() for g in each]) for each in gradients]
-    return torch.stack([loss.detach() for loss in losses]), torch.stack(flat)
+    return torch.stack([loss.detach() for loss in losses]).cpu(), torch.stack(flat).cpu()
 
 
 def _step(
@@ -115,6 +116,10 @@ def _eager(model: nn.Module, draws: Sequence[Inputs]) -> Results:
     return _stacked([_step(model, model, inputs) for inputs in draws])
 
 
+def _on(device: str, draws: Sequence[Inputs]) -> list[Inputs]:
+    return [{k: t.to(device) for k, t in inputs.items()} for inputs in draws]
+
+
 def _on_gpu(
     model: nn.Module, draws: Sequence[Inputs], options: Mapping[str, Any]
 ) -> tuple[Results, list[dict[str, Any]]]:
@@ -122,11 +127,9 @@ def _on_gpu(
     twin = copy.deepcopy(model).cuda()
     compiled = torch.compile(twin, backend="memopt", options=dict(options))
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        there = [{k: t.cuda() for k, t in inputs.items()} for inputs in draws]
-        steps = [_step(compiled, twin, inputs) for inputs in there]
+        steps = [_step(compiled, twin, inputs) for inputs in _on("cuda", draws)]
         torch.cuda.synchronize()
-    results = [(loss.cpu(), [g.cpu() for g in gradients]) for loss, gradients in steps]
-    return _stacked(results), [{"kernel": event.key} for event in seen.key_averages()]
+    return _stacked(steps), [{"kernel": event.key} for event in seen.key_averages()]
 
 
 def _interpreted(

@@ -3,7 +3,8 @@
 A training step goes through `torch.compile` and autograd on fake tensors of a device that
 `bench.triton.fake_cuda` makes up. Behind each of them is a real tensor on the CPU. Where
 Inductor's module would be called with the fake ones it is called with those, its own kernels and
-ours interpreted; what it returns stands behind new fake tensors.
+ours interpreted; what it returns stands behind new fake tensors. Products are torch's on the CPU,
+and where an operator's own code asks which device it is on, it goes the CPU's way.
 
 It rests on internals of torch 2.13.
 """

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -126,6 +128,24 @@ def test_the_page_of_results_has_the_tables_and_a_picture(tmp_path: Path) -> Non
     assert "### kernels" in page
     assert "Median microseconds" not in page
     assert "| norm_forward |" in page
+
+
+@needs_liger
+def test_speed_is_measured_of_every_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed is the same as on a GPU; here nothing is moved, compiled or repeated."""
+
+    def once(launch: Callable[[], object], return_mode: str) -> float:
+        launch()
+        return 0.002
+
+    monkeypatch.setattr("triton.testing.do_bench", once)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    monkeypatch.setattr(ahead, "TARGETS", ())
+    spec = replace(NORM, large=None)
+    rows = kernels.run("cuda", lambda line: None, kernels=[spec], samples=1)
+    speed = {r["peer"]: r["seconds"] for r in rows if r["kind"] == "kernel_speed"}
+    assert speed == dict.fromkeys(("memopt", "eager", "inductor", "liger"), 2e-6)
 
 
 @pytest.mark.gpu
