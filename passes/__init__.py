@@ -10,6 +10,7 @@ from memopt.passes.chunk_losses import ChunkLosses
 from memopt.passes.clone_mutated_inputs import CloneMutatedInputs
 from memopt.passes.early_products import EarlyProducts
 from memopt.passes.embedding_gradients import EmbeddingGradients
+from memopt.passes.fuse_rows import FuseRows
 from memopt.passes.overwrite_hidden_states import MarkHiddenStates, OverwriteHiddenStates
 from memopt.passes.unshare_readers import UnshareReaders
 from memopt.passes.weigh_rows import WeighRows
@@ -17,4 +18,9 @@ from memopt.pipeline import Pass
 
 PRE_GRAD: tuple[Pass, ...] = (ChunkLosses(), WeighRows())
 JOINT: tuple[Pass, ...] = (CloneMutatedInputs(), EmbeddingGradients(), MarkHiddenStates())
-POST_GRAD: tuple[Pass, ...] = (UnshareReaders(), EarlyProducts(), OverwriteHiddenStates())
+POST_GRAD: tuple[Pass, ...] = (
+    UnshareReaders(),
+    EarlyProducts(),
+    OverwriteHiddenStates(),
+    FuseRows(),
+)
