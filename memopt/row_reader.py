@@ -99,6 +99,8 @@ class _Reader:
         )
         if len(self.devices) != 1 or not program.arguments:
             raise UnfusableError("tensors are on several devices, or there are none")
+        if dead := self.inside - {node for node, _ in self.memo}:
+            raise UnfusableError(f"nothing reads {dead}")
         for symbol in program.size_names:
             program.where_size_is(symbol)
         return program

@@ -82,6 +82,12 @@ def lowered(function: Function, inputs: Sequence[Any], mode: str = "fake") -> Lo
     return lower_rows(region, DEVICES["h100"])
 
 
+def read(region: LoweredRows, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Of the inputs of the region's graph, those of the region, in its order."""
+    placeholders = region.results[0].graph.find_nodes(op="placeholder")
+    return [inputs[placeholders.index(node)] for node in region.inputs]
+
+
 def returned(region: LoweredRows, results: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The results in the order and the shapes in which the region's graph returns them."""
     (output,) = region.results[0].graph.find_nodes(op="output")

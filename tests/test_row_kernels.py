@@ -25,6 +25,7 @@ from tests.row_functions import (
     lowered,
     mask_of,
     quantise_groups,
+    read,
     returned,
     swiglu_backward,
 )
@@ -71,7 +72,7 @@ def spec_of(function: Function, sample: Sequence[Tensor]) -> KernelSpec:
     region = lowered(function, sample)
 
     def run(*args: Tensor) -> tuple[Tensor, ...]:
-        return returned(region, launch(args, region.kernel))
+        return returned(region, launch(read(region, args), region.kernel))
 
     def samples(dtype: torch.dtype) -> Iterator[Sequence[Tensor]]:
         yield sample
