@@ -1,6 +1,7 @@
 """Which operators a fused region computes lane by lane, and how Triton spells each of them.
 
-Numbers are held in float32 where a tensor has a lower precision, and rounded where it is written.
+Numbers are held in float32 where a tensor has a lower precision, and rounded where it is written:
+a conversion to a lower precision inside a region changes nothing, as in Inductor's loops.
 Divisions and square roots are the exactly rounded ones, as in eager code: quantisation shows it.
 """
 

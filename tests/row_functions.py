@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from memopt.device import DEVICES
 from memopt.kernels.region import REGION
@@ -15,6 +17,7 @@ from memopt.row_select import choose_regions
 prims = torch.ops.prims
 DROPPED = 0.25
 Function = Callable[..., tuple[Tensor, ...]]
+Trace = Callable[[Function, Sequence[Any]], fx.GraphModule]
 
 
 def wide(x: Tensor) -> Tensor:
@@ -70,15 +73,28 @@ def quantise_groups(x: Tensor) -> tuple[Tensor, ...]:
     return torch.round(groups / scale).to(torch.int8).flatten(-2), scale.squeeze(-1)
 
 
-def traced(function: Function, inputs: Sequence[Any], mode: str = "fake") -> fx.GraphModule:
+def traced(function: Function, inputs: Sequence[Any]) -> fx.GraphModule:
     """The aten graph of a function."""
-    gm: fx.GraphModule = make_fx(function, tracing_mode=mode)(*inputs)
+    gm: fx.GraphModule = make_fx(function, tracing_mode="fake")(*inputs)
     return gm
 
 
-def lowered(function: Function, inputs: Sequence[Any], mode: str = "fake") -> LoweredRows:
+def traced_for_any_rows(function: Function, inputs: Sequence[Tensor]) -> fx.GraphModule:
+    """The same, where all sizes but the last one may vary."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+
+    def fake(x: Tensor) -> Tensor:
+        dims = [DimDynamic.DYNAMIC] * (x.dim() - 1) + [DimDynamic.STATIC]
+        return mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dims))
+
+    with mode:
+        gm: fx.GraphModule = make_fx(function)(*map(fake, inputs))
+    return gm
+
+
+def lowered(function: Function, inputs: Sequence[Any], trace: Trace = traced) -> LoweredRows:
     """The only region of a function's graph."""
-    (region,) = choose_regions(traced(function, inputs, mode).graph)
+    (region,) = choose_regions(trace(function, inputs).graph)
     return lower_rows(region, DEVICES["h100"])
 
 

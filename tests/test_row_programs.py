@@ -5,71 +5,82 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
-from torch import Tensor
+from hypothesis import given, settings
+from torch import Tensor, fx
 
 pytest.importorskip("triton")
 
-from bench.triton.gate import uninitialised_is_nan
+from bench.triton.gate import numbers, uninitialised_is_nan
 from bench.triton.interpreter import install
-from bench.triton.trace import trace
+from bench.triton.trace import SECTOR_BYTES, trace
 from memopt.device import DEVICES
 from memopt.kernels.region import launch
 from memopt.row_lowering import LoweredRows, lower_rows
 from memopt.row_select import choose_regions
-from memopt.row_source import triton_source
-from memopt.row_tiling import tilings
-from tests.references import assert_within_reference_error
-from tests.row_functions import Function, lowered, traced
+from tests.row_functions import traced
 from tests.row_programs import RowFunction, row_functions
 
 install()
 
 
-def interpreted(gm: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The graph with every region run by its kernel, and what it did checked."""
+def interpreted(gm: fx.GraphModule, inputs: Sequence[Tensor], tiling: int = 0) -> list[Tensor]:
+    """The graph with every region run by its kernel."""
     regions = {r.members[-1]: lower_rows(r, DEVICES["a100"]) for r in choose_regions(gm.graph)}
     assert regions, "there is nothing to test"
-    values: dict[Any, Any] = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    interpreter = torch.fx.Interpreter(gm)
+    interpreter = fx.Interpreter(gm)
+    values: dict[Any, Any] = dict(
+        zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
+    )
+    interpreter.env = values
     for node in gm.graph.nodes:
-        if node.op == "output":
-            return [values[n] for n in node.args[0]]
-        if node.op != "placeholder":
-            interpreter.env = values
+        if node.op == "call_function":
             values[node] = interpreter.run_node(node)
         if node in regions:
-            values.update(run(regions[node], values))
-    raise AssertionError("a graph has an output")
+            values.update(run(regions[node], values, tiling))
+    (output,) = gm.graph.find_nodes(op="output")
+    return [values[node] for node in output.args[0]]
 
 
-def run(region: LoweredRows, values: dict[Any, Any]) -> dict[Any, Tensor]:
+def run(region: LoweredRows, values: dict[Any, Any], tiling: int) -> dict[Any, Tensor]:
+    """The results of one region, which does nothing out of order and moves what it must."""
+    inputs = [values[node] for node in region.inputs]
     with trace() as launches, uninitialised_is_nan():
-        found = launch([values[n] for n in region.inputs], region.kernel)
+        results = launch(inputs, region.kernel, tiling)
     (done,) = launches
     assert done.conflicts == []
-    assert done.dram_bytes <= 1.02 * int(region.ideal_bytes) + 32 * 2 * len(values)
-    return dict(zip(region.results, found, strict=True))
+    rows = sum(t.numel() // t.shape[-1] for t in inputs if t.dim() > 1)
+    ends = SECTOR_BYTES * (rows + len(inputs) + len(results))  # a row may begin within a sector
+    assert done.dram_bytes <= int(region.ideal_bytes) + ends
+    return dict(zip(region.results, results, strict=True))
 
 
-def check(function: RowFunction, dtype: torch.dtype, rows: tuple[int, ...], width: int) -> None:
+def check(
+    function: RowFunction, dtype: torch.dtype, rows: tuple[int, ...], width: int, tiling: int = 0
+) -> None:
     inputs = function.inputs(dtype, rows, width)
-    actual = interpreted(traced(function, inputs), inputs)
-    exact = function(*(t.double() for t in inputs))
-    plain = function(*inputs)
-    floats = [i for i, t in enumerate(actual) if t.is_floating_point()]
-    assert_within_reference_error(*([r[i] for i in floats] for r in (actual, exact, plain)))
+    actual = interpreted(traced(function, inputs), inputs, tiling)
+    exact, plain = function(*(t.double() for t in inputs)), function(*inputs)
+    smooth = [i for i, t in enumerate(actual) if t.is_floating_point()]
+    assert numbers(*([r[i] for i in smooth] for r in (actual, exact, plain))) == []
     for mine, truth, theirs in zip(actual, exact, plain, strict=True):
-        if not mine.is_floating_point():
-            off = (mine.long() - truth.long()).abs().sum()
-            assert off <= (theirs.long() - truth.long()).abs().sum() + _FLIPS * mine.numel()
+        if not mine.is_floating_point():  # a step apart where both are nearly right
+            wrong, others = ((t != truth).sum().item() for t in (mine, theirs))
+            assert wrong <= others + 0.01 * mine.numel()
 
 
-# Of whole numbers, how many may lie on the other side of a step where both are nearly right.
-_FLIPS = 0.01
-
-
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(row_functions())
 def test_a_program_is_right(function: RowFunction) -> None:
     check(function, torch.float32, (3, 5), 48)
+
+
+@settings(max_examples=15)
+@given(row_functions())
+def test_low_precision_is_rounded_where_it_is_written(function: RowFunction) -> None:
+    check(function, torch.bfloat16, (2, 3), 64)
+
+
+@settings(max_examples=6)
+@given(row_functions(most=5))
+def test_rows_of_more_than_one_block_are_right(function: RowFunction) -> None:
+    check(function, torch.float32, (2, 2), 40000)

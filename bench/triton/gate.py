@@ -124,7 +124,7 @@ def check_spec(
     for launch in launches:
         for target in targets:
             build = Build(
-                kernel=launch.kernel, arguments=_for(target, launch.arguments), options={}
+                kernel=launch.kernel, arguments=for_target(target, launch.arguments), options={}
             )
             found += [f"{launch.name}: {problem}" for problem in code(build, [target])]
     return found
@@ -145,7 +145,7 @@ def _to_float64(t: Tensor) -> Tensor:
     return t.double() if t.is_floating_point() else t
 
 
-def _for(target: Target, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+def for_target(target: Target, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
     """A launch's arguments on another device: AMD's wavefronts are two warps."""
     if not isinstance(target, str):
         return arguments
