@@ -5,7 +5,9 @@ and cached, by Inductor and by AOTAutograd, and run by a process that never saw 
 operator of its own for each region would have to be registered again before the cached code runs,
 and Inductor would not know it when it looks the code up.
 
-Pays and does not: as its region, see `memopt.passes.fuse_rows`.
+When a region pays: see `memopt.passes.fuse_rows`.
+
+Source: memopt's own.
 """
 
 import functools
@@ -87,7 +89,7 @@ def _module(text: str) -> dict[str, Any]:
 
 
 def as_traced(x: Tensor, strides: Sequence[int]) -> Tensor:
-    """The tensor as the kernel expects it in memory: itself, unless a compiler laid it out anew."""
+    """The tensor as the kernel expects it in memory: a copy where a compiler laid it out anew."""
     places = zip(x.shape, x.stride(), strides, strict=True)
     if all(size < 2 or mine == traced for size, mine, traced in places):
         return x

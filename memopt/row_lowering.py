@@ -22,7 +22,6 @@ from memopt.row_select import FusedRows, choose_regions
 from memopt.row_source import triton_source
 from memopt.row_tiling import tilings
 
-
 # What an FX graph takes for granted when it prints itself; `memopt.kernels.region` has the first.
 _GLOBALS = frozenset("torch device inf nan NoneType fx_pytree pytree".split())
 

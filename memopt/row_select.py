@@ -11,8 +11,8 @@ it, or that reads the same. What it grows by is
 (4) held in registers: few values with an entry for each column are needed at a time.
 
 Its price is what it reads and writes once. It saves what its nodes, each by itself, would read and
-write beyond that. Large tensors come first, and among them wide rows: rows of a part of their width
-are groups in them.
+write beyond that. Large tensors come first, and among them wide rows: rows of a part of their
+width are groups in them.
 
 Source: for convexity and contraction, DNNFusion (Niu et al. 2021, arXiv:2108.13342).
 """
@@ -52,7 +52,7 @@ class FusedRows:
 
 
 def choose_regions(graph: fx.Graph) -> list[FusedRows]:
-    """The regions of a graph; they share no node, and the graph without their insides has no cycle.
+    """The regions of a graph; they share no node, and as one node each they make no cycle.
 
     Args:
         graph: of aten operators with traced values.

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from memopt.device import DeviceSpec
 from memopt.row_ir import Reduce, RowProgram
 
-# Registers of a processor's block of threads that may hold entries; as many again are for the rest.
+# Registers of a program that may hold entries; about as many again are for the rest.
 _REGISTERS = 48 * 1024
 _MOST_THREADS = 512
 _ENTRIES_PER_THREAD = 8  # 128 bits of bfloat16
 _LATENCY_SECONDS = 7e-7
 _PROGRAMS_PER_PROCESSOR = 4
 _BLOCKS = (2048, 1024, 512, 256)
-_LOOPED_BLOCKS = (4096, 2048, 1024)
+_LOOPED_BLOCKS = (2048, 1024)  # of 4096, 512 threads have half the registers each, and spill
 _MOST_WASTE = 1.125
 
 
@@ -50,8 +50,7 @@ def tilings(program: RowProgram, device: DeviceSpec) -> tuple[Tiling, ...]:
     """Configurations to try, the likely best one first."""
     live, least = max(1, program.live_tiles()), _largest_group(program)
     if is_looped(program):
-        fitting = [b for b in _LOOPED_BLOCKS if b * live <= _REGISTERS // 2 or b == 1024]
-        return tuple(_tiling(1, max(b, least)) for b in fitting[:2])
+        return tuple(_tiling(1, max(block, least)) for block in _LOOPED_BLOCKS)
     whole = power_of_two(program.space.width)
     if has_row_sums(program) or whole <= _BLOCKS[-1]:
         block = whole

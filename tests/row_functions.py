@@ -68,7 +68,7 @@ def dropout_backward(grad: Tensor, packed: Tensor) -> tuple[Tensor, ...]:
 
 def quantise_groups(x: Tensor) -> tuple[Tensor, ...]:
     """In int8, with a scale for every 32 neighbours of a row."""
-    groups = wide(x).unflatten(-1, (-1, 32))
+    groups = wide(x).reshape(*x.shape[:-1], -1, 32)
     scale = groups.abs().amax(-1, keepdim=True) / 127
     return torch.round(groups / scale).to(torch.int8).flatten(-2), scale.squeeze(-1)
 

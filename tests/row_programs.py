@@ -17,8 +17,8 @@ GROUP = 8
 
 
 def _group_scale(x: Tensor) -> Tensor:
-    groups = x.unflatten(-1, (-1, GROUP))
-    return (groups / (groups.abs().amax(-1, keepdim=True) + 1)).flatten(-2)
+    groups = x.reshape(*x.shape[:-1], -1, GROUP)
+    return (groups / (groups.abs().amax(-1, keepdim=True) + 1)).reshape(x.shape)
 
 
 STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -28,9 +28,7 @@ def interpreted(gm: fx.GraphModule, inputs: Sequence[Tensor], tiling: int = 0) -
     regions = {r.members[-1]: lower_rows(r, DEVICES["a100"]) for r in choose_regions(gm.graph)}
     assert regions, "there is nothing to test"
     interpreter = fx.Interpreter(gm)
-    values: dict[Any, Any] = dict(
-        zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
-    )
+    values: dict[Any, Any] = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
     interpreter.env = values
     for node in gm.graph.nodes:
         if node.op == "call_function":

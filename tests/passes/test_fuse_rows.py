@@ -1,4 +1,4 @@
-"""Regions in compiled training steps: the same numbers, from the cache too, and where it is asked."""
+"""Regions in compiled training steps: the same numbers, from the cache too, where asked for."""
 
 from typing import Any
 
@@ -64,7 +64,9 @@ def test_other_lengths_need_no_new_code() -> None:
     )
     for rows in (6, 9, 31):
         _, inputs = made(rows)
-        for mine, plain in zip(step(run, model, *inputs), step(model, model, *inputs), strict=True):
+        for mine, plain in zip(
+            step(run, model, *inputs), step(model, model, *inputs), strict=True
+        ):
             torch.testing.assert_close(mine, plain)
     assert dynamo_counters["stats"]["unique_graphs"] == 1
 
