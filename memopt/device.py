@@ -22,6 +22,7 @@ class DeviceSpec:
         memory_bytes: capacity; 0 where it is the host's and not fixed.
         launch_seconds: cost of starting one kernel.
         allocation_granularity: the allocator rounds each storage up to a multiple of this.
+        processors: streaming multiprocessors, compute units or cores.
     """
 
     name: str
@@ -30,6 +31,7 @@ class DeviceSpec:
     memory_bytes: int
     launch_seconds: float
     allocation_granularity: int
+    processors: int
 
     def flops_for(self, dtype: str) -> float:
         """Peak for a dtype; unlisted dtypes run at fp32 speed."""
@@ -37,7 +39,14 @@ class DeviceSpec:
 
 
 def _gpu(
-    name: str, *, fp32: float, tf32: float, half: float, bandwidth: float, gigabytes: int
+    name: str,
+    *,
+    fp32: float,
+    tf32: float,
+    half: float,
+    bandwidth: float,
+    gigabytes: int,
+    processors: int,
 ) -> DeviceSpec:
     flops = {"float32": fp32, "tf32": tf32, "bfloat16": half, "float16": half}
     return DeviceSpec(
@@ -47,6 +56,7 @@ def _gpu(
         memory_bytes=gigabytes * 2**30,
         launch_seconds=4e-6,
         allocation_granularity=512,
+        processors=processors,
     )
 
 
@@ -59,6 +69,7 @@ def _cpu() -> DeviceSpec:
         memory_bytes=0,
         launch_seconds=2e-6,
         allocation_granularity=1,
+        processors=cores,
     )
 
 
@@ -66,13 +77,69 @@ DEVICES: dict[str, DeviceSpec] = {
     spec.name: spec
     for spec in (
         _cpu(),
-        _gpu("a100", fp32=19.5e12, tf32=156e12, half=312e12, bandwidth=2.0e12, gigabytes=80),
-        _gpu("h100", fp32=67e12, tf32=494e12, half=989e12, bandwidth=3.35e12, gigabytes=80),
-        _gpu("h200", fp32=67e12, tf32=494e12, half=989e12, bandwidth=4.8e12, gigabytes=141),
-        _gpu("b200", fp32=75e12, tf32=1100e12, half=2250e12, bandwidth=8.0e12, gigabytes=180),
-        _gpu("l40s", fp32=91e12, tf32=183e12, half=362e12, bandwidth=0.86e12, gigabytes=48),
-        _gpu("rtx4090", fp32=82e12, tf32=82e12, half=165e12, bandwidth=1.0e12, gigabytes=24),
-        _gpu("mi300x", fp32=163e12, tf32=653e12, half=1307e12, bandwidth=5.3e12, gigabytes=192),
+        _gpu(
+            "a100",
+            fp32=19.5e12,
+            tf32=156e12,
+            half=312e12,
+            bandwidth=2.0e12,
+            gigabytes=80,
+            processors=108,
+        ),
+        _gpu(
+            "h100",
+            fp32=67e12,
+            tf32=494e12,
+            half=989e12,
+            bandwidth=3.35e12,
+            gigabytes=80,
+            processors=132,
+        ),
+        _gpu(
+            "h200",
+            fp32=67e12,
+            tf32=494e12,
+            half=989e12,
+            bandwidth=4.8e12,
+            gigabytes=141,
+            processors=132,
+        ),
+        _gpu(
+            "b200",
+            fp32=75e12,
+            tf32=1100e12,
+            half=2250e12,
+            bandwidth=8.0e12,
+            gigabytes=180,
+            processors=148,
+        ),
+        _gpu(
+            "l40s",
+            fp32=91e12,
+            tf32=183e12,
+            half=362e12,
+            bandwidth=0.86e12,
+            gigabytes=48,
+            processors=142,
+        ),
+        _gpu(
+            "rtx4090",
+            fp32=82e12,
+            tf32=82e12,
+            half=165e12,
+            bandwidth=1.0e12,
+            gigabytes=24,
+            processors=128,
+        ),
+        _gpu(
+            "mi300x",
+            fp32=163e12,
+            tf32=653e12,
+            half=1307e12,
+            bandwidth=5.3e12,
+            gigabytes=192,
+            processors=304,
+        ),
     )
 }
 

@@ -10,6 +10,7 @@ from memopt.passes.chunk_losses import ChunkLosses
 from memopt.passes.clone_mutated_inputs import CloneMutatedInputs
 from memopt.passes.early_products import EarlyProducts
 from memopt.passes.embedding_gradients import EmbeddingGradients
+from memopt.passes.fuse_rows import FuseRows
 from memopt.passes.overwrite_hidden_states import MarkHiddenStates, OverwriteHiddenStates
 from memopt.passes.remake_in_backward import RemakeInBackward
 from memopt.passes.unshare_readers import UnshareReaders
@@ -23,4 +24,9 @@ JOINT: tuple[Pass, ...] = (
     MarkHiddenStates(),
     RemakeInBackward(),
 )
-POST_GRAD: tuple[Pass, ...] = (UnshareReaders(), EarlyProducts(), OverwriteHiddenStates())
+POST_GRAD: tuple[Pass, ...] = (
+    UnshareReaders(),
+    EarlyProducts(),
+    OverwriteHiddenStates(),
+    FuseRows(),
+)

@@ -12,13 +12,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS: tuple[str, ...] = (
-    "errors remarks timeline units _torch",
-    "lazy_stamps",
-    "_versions budget device graph plan ledger fusion emit lazy_rows storage_meter",
-    "config joint record kernels lazy_rules",
-    "schedule page mincut workspace lives lazy_logits losses",
-    "report liveness pipeline cost replay",
-    "returned",
+    "errors remarks timeline units _torch row_index",
+    "lazy_stamps row_ir",
+    "_versions budget device graph plan ledger fusion emit lazy_rows storage_meter row_body",
+    "config joint record kernels lazy_rules row_nodes row_rules row_tiling",
+    "schedule page mincut workspace lives lazy_logits losses row_reader row_kernel",
+    "report liveness pipeline cost replay row_select row_source",
+    "returned row_lowering",
     "passes problem",
     "regions chunking",
     "solve",

@@ -1,0 +1,220 @@
+"""Which nodes of an aten graph become fused regions: convex, over the same rows, few registers.
+
+A region grows from a node by whichever neighbour saves most bytes: one that it reads, that reads
+it, or that reads the same. What it grows by is
+
+(1) convex: no path leaves the region and comes back, or the region would wait for itself. Nodes on
+    such a path come along; a region that was chosen before is one node.
+(2) between two library calls: a node moves to where its first reader is, but past no call, so
+    that what is alive during calls changes by what regions keep and read alone.
+(3) known to the lowering, which says so by reading it.
+(4) held in registers: few values with an entry for each column are needed at a time.
+
+Its price is what it reads and writes once. It saves what its nodes, each by itself, would read and
+write beyond that. Large tensors come first, and among them wide rows: rows of a part of their
+width are groups in them.
+
+Source: for convexity and contraction, DNNFusion (Niu et al. 2021, arXiv:2108.13342).
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Set
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx
+
+from memopt._torch import size_hint
+from memopt.graph import OpKind, is_mutating, op_kind, stretches
+from memopt.row_index import Space, UnfusableError
+from memopt.row_ir import RowProgram
+from memopt.row_nodes import is_seen_through, operands, readers, results_of, space_of
+from memopt.row_reader import read_rows
+
+_MOST_LIVE = 12
+_MOST_MEMBERS = 96
+
+
+@dataclass(frozen=True)
+class FusedRows:
+    """Nodes that become one kernel.
+
+    Attributes:
+        members: in the graph's order.
+        program: what they compute.
+        saved_bytes: what they would move beyond it, each by itself.
+    """
+
+    members: tuple[fx.Node, ...]
+    program: RowProgram
+    saved_bytes: int
+
+
+def choose_regions(graph: fx.Graph) -> list[FusedRows]:
+    """The regions of a graph; they share no node, and as one node each they make no cycle.
+
+    Args:
+        graph: of aten operators with traced values.
+    """
+    found: list[FusedRows] = []
+    for block in _blocks(graph):
+        found += _Chooser(block).regions()
+    return found
+
+
+def latest(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Clause (2): for each node, before how many library calls it can run at the latest."""
+    own = stretches(graph)
+    last: dict[fx.Node, int] = {}
+    barrier = len(own)
+    for node in reversed(graph.nodes):
+        if is_mutating(node):
+            barrier = own[node]
+        users = [last[user] for user in node.users if user.op != "output"]
+        fixed = not users or op_kind(node) in (OpKind.EXTERN, OpKind.REDUCTION)
+        last[node] = own[node] if fixed else max(own[node], min(*users, barrier))
+    return last
+
+
+def moved_bytes(members: Collection[fx.Node]) -> int:
+    """What a kernel of these nodes reads and writes once."""
+    inside = set(members)
+    read = {source for node in members for source in operands(node)} - inside
+    return sum(map(_nbytes, read)) + sum(map(_nbytes, results_of(members)))
+
+
+def _blocks(graph: fx.Graph) -> Iterator[list[fx.Node]]:
+    """Nodes that may run one behind the other, with no library call in between."""
+    last = latest(graph)
+    blocks: dict[tuple[int, int], list[fx.Node]] = {}
+    changes = 0
+    for node in graph.nodes:
+        changes += is_mutating(node)
+        if node.op == "call_function" and not is_seen_through(node):
+            blocks.setdefault((last[node], changes), []).append(node)
+    yield from blocks.values()
+
+
+class ConvexClosure:
+    """Clause (1): of a set of nodes, the smallest one around it that no path leaves and enters.
+
+    Args:
+        dag: no cycles; an edge goes from what is read to what reads it.
+    """
+
+    def __init__(self, dag: Any) -> None:
+        self.below: Mapping[Any, Set[Any]] = {n: nx.descendants(dag, n) for n in dag}
+        self.above: Mapping[Any, Set[Any]] = {n: nx.ancestors(dag, n) for n in dag}
+
+    def __call__(self, members: Collection[Any]) -> frozenset[Any]:
+        below = frozenset().union(*(self.below[n] for n in members))
+        above = frozenset().union(*(self.above[n] for n in members))
+        return frozenset(members) | (below & above)
+
+
+class _Chooser:
+    """Regions among the nodes of one block."""
+
+    def __init__(self, block: list[fx.Node]) -> None:
+        self.order = {node: place for place, node in enumerate(block)}
+        self.dag = nx.DiGraph()
+        self.dag.add_nodes_from(block)
+        for node in block:
+            self.dag.add_edges_from((s, node) for s in operands(node) if s in self.order)
+        self.taken: set[fx.Node] = set()
+        self.closure = ConvexClosure(self.dag)
+
+    def regions(self) -> Iterator[FusedRows]:
+        seeds = [(space, node) for node in self.order if (space := _space(node))]
+        for space, seed in sorted(seeds, key=lambda s: (-_entries(s[1]), -s[0].width)):
+            region = None if seed in self.taken else self.grown(seed, space)
+            if region is not None:
+                self.contract(region)
+                yield region
+
+    def grown(self, seed: fx.Node, space: Space) -> FusedRows | None:
+        members: frozenset[fx.Node] = frozenset({seed})
+        program: RowProgram | None = None
+        refused: set[fx.Node] = set()
+        while True:
+            step = self.step(members, space, refused)
+            if step is None:
+                break
+            members, program = step
+        saved = sum(moved_bytes([n]) for n in members) - moved_bytes(members)
+        if program is None or saved <= 0:
+            return None
+        return FusedRows(self.sorted(members), program, saved)
+
+    def step(
+        self, members: frozenset[fx.Node], space: Space, refused: set[fx.Node]
+    ) -> tuple[frozenset[fx.Node], RowProgram] | None:
+        """The region with the neighbour that saves most and can be had."""
+        near = set(self.neighbours(members)) - members - refused
+        before = moved_bytes(members)
+        gain = {n: before + moved_bytes([n]) - moved_bytes({*members, n}) for n in near}
+        for node in sorted(near, key=lambda n: (-gain[n], self.order[n])):
+            grown = self.closure(members | {node})
+            program = self.read(grown, space) if gain[node] > 0 else None
+            if program is not None:
+                refused.clear()
+                return grown, program
+            refused.add(node)
+        return None
+
+    def neighbours(self, members: Collection[fx.Node]) -> Iterator[fx.Node]:
+        for node in members:
+            sources = [*operands(node)]
+            near = [*sources, *readers(node), *(n for s in sources for n in readers(s))]
+            yield from (n for n in near if n in self.order and n not in self.taken)
+
+    def read(self, members: frozenset[Any], space: Space) -> RowProgram | None:
+        """Clauses (3) and (4)."""
+        if len(members) > _MOST_MEMBERS or not all(_is_free(n, self.taken) for n in members):
+            return None
+        try:
+            program = read_rows(self.sorted(members), space)
+        except UnfusableError:
+            return None
+        return program if program.live_tiles() <= _MOST_LIVE else None
+
+    def sorted(self, members: Collection[fx.Node]) -> tuple[fx.Node, ...]:
+        return tuple(sorted(members, key=self.order.__getitem__))
+
+    def contract(self, region: FusedRows) -> None:
+        """Make the region one node, so that no other one goes around it in a circle."""
+        inside = set(region.members)
+        self.taken |= inside
+        edges = [(u, v) for u, v in self.dag.edges if (u in inside) != (v in inside)]
+        self.dag.remove_nodes_from(inside)
+        self.dag.add_node(region)
+        for source, user in edges:
+            self.dag.add_edge(
+                region if source in inside else source, region if user in inside else user
+            )
+        self.closure = ConvexClosure(self.dag)
+
+
+def _is_free(node: Any, taken: Collection[fx.Node]) -> bool:
+    """Whether a node may become a member: a tensor, in no region yet."""
+    return isinstance(node, fx.Node) and node not in taken and _is_tensor(node)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _space(node: fx.Node) -> Space | None:
+    try:
+        return space_of(node)
+    except UnfusableError:
+        return None
+
+
+def _entries(node: fx.Node) -> int:
+    return size_hint(node.meta["val"].numel()) if _is_tensor(node) else 0
+
+
+def _nbytes(node: fx.Node) -> int:
+    return _entries(node) * node.meta["val"].element_size() if _is_tensor(node) else 0
