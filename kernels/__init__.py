@@ -29,6 +29,7 @@ def scratch_table() -> Mapping[str, Callable[..., int]]:
         gated_packed,
         linear_cross_entropy,
         norm,
+        rotary,
     )
 
     return {
@@ -44,16 +45,18 @@ def scratch_table() -> Mapping[str, Callable[..., int]]:
         "memopt.gated_packed_backward": gated_packed.backward_scratch_bytes,
         "memopt.norm": norm.scratch_bytes,
         "memopt.norm_backward": norm.backward_scratch_bytes,
+        **dict.fromkeys(("memopt.rotary", "memopt.rotary_"), rotary.scratch_bytes),
     }
 
 
 @functools.cache
 def specs() -> tuple["KernelSpec", ...]:
     """What every kernel that is one operator states of itself."""
-    from memopt.kernels import gated, gated_packed, norm
+    from memopt.kernels import gated, gated_packed, norm, rotary
 
     modules = (gated, gated_packed, norm)
-    return tuple(spec for module in modules for spec in (module.SPEC, module.BACKWARD_SPEC))
+    both = (spec for module in modules for spec in (module.SPEC, module.BACKWARD_SPEC))
+    return *both, rotary.SPEC
 
 
 @functools.cache
