@@ -11,7 +11,7 @@ from rich.console import Console
 from bench import compare, kernels, plot, startup
 from bench.cases import CASES, DEFAULT, QUICK_CASES
 from bench.peers import PEERS, QUICK
-from bench.results import header, save
+from bench.results import header, load, save
 from bench.runner import run_case
 from bench.zoo import MODELS
 
@@ -92,6 +92,21 @@ def _parser() -> argparse.ArgumentParser:
         default=Path(),
         help="folder of docs/ and README.md, which are overwritten; default: this one",
     )
+    command = commands.add_parser(
+        "coverage",
+        help="count which operators of transformers' models are found, and write a page",
+    )
+    command.set_defaults(run=_coverage)
+    command.add_argument("families", nargs="*", help="model types; default: all")
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path("bench/results/coverage.json"),
+        help="results file; rows of other families stay; default: %(default)s",
+    )
+    command.add_argument(
+        "--root", type=Path, default=Path(), help="folder of docs/; default: this one"
+    )
     return parser
 
 
@@ -138,6 +153,31 @@ def _run(arguments: argparse.Namespace) -> int:
     # A peer that stock PyTorch cannot run is a finding; one that memopt cannot run is a failure.
     failed = [row["peer"] for row in rows if row["status"] == "failed"]
     return int(any(peer.startswith(("eager", "memopt")) for peer in failed))
+
+
+def _coverage(arguments: argparse.Namespace) -> int:
+    # Here, because it imports all of transformers.
+    from bench import coverage_page
+    from bench.coverage import row
+    from bench.zoo.families import CAUSAL_LMS
+
+    names = arguments.families or [family.name for family in CAUSAL_LMS]
+    unknown = set(names) - {family.name for family in CAUSAL_LMS}
+    if unknown:
+        print(f"no family {sorted(unknown)[0]!r}", file=sys.stderr)
+        return 2
+    old = load(arguments.out)["rows"] if arguments.out.exists() else []
+    rows = {own["family"]: own for own in old}
+    head = header(0, "cpu")
+    for family in CAUSAL_LMS:
+        if family.name in names:
+            rows[family.name] = own = row(family)
+            say(f"{family.name:28} {own['status']}")
+            save(arguments.out, head, [rows[name] for name in sorted(rows)])
+    path = arguments.root / "docs" / "coverage.md"
+    path.write_text(coverage_page.page(load(arguments.out)))
+    say(f"wrote {path}")
+    return 0
 
 
 def _compare(arguments: argparse.Namespace) -> int:

@@ -57,7 +57,9 @@ _EXPLICIT_SEED_NAMES = frozenset(
     {"prims.inductor_random", "prims.inductor_randint", "prims.inductor_lookup_seed"}
 )
 # Operators of ours that cost little more than their reads and writes.
-_REPEATABLE_NAMES = frozenset({"memopt.norm"})
+_REPEATABLE_NAMES = frozenset(
+    "memopt.norm memopt.gated memopt.gated_packed memopt.rotary memopt.softmax".split()
+)
 _DETERMINISTIC_NAMESPACES = frozenset({"aten", "prims", "inductor_prims", "mkldnn", "quantized"})
 
 

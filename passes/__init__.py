@@ -10,6 +10,9 @@ from memopt.passes.chunk_losses import ChunkLosses
 from memopt.passes.clone_mutated_inputs import CloneMutatedInputs
 from memopt.passes.early_products import EarlyProducts
 from memopt.passes.embedding_gradients import EmbeddingGradients
+from memopt.passes.fuse_gates import FuseGates
+from memopt.passes.fuse_norms import FuseNorms
+from memopt.passes.fuse_rotary import FuseRotary
 from memopt.passes.fuse_rows import FuseRows
 from memopt.passes.overwrite_hidden_states import MarkHiddenStates, OverwriteHiddenStates
 from memopt.passes.remake_in_backward import RemakeInBackward
@@ -17,7 +20,13 @@ from memopt.passes.unshare_readers import UnshareReaders
 from memopt.passes.weigh_rows import WeighRows
 from memopt.pipeline import Pass
 
-PRE_GRAD: tuple[Pass, ...] = (ChunkLosses(), WeighRows())
+PRE_GRAD: tuple[Pass, ...] = (
+    ChunkLosses(),
+    WeighRows(),
+    FuseRotary(),
+    FuseNorms(),
+    FuseGates(),
+)
 JOINT: tuple[Pass, ...] = (
     CloneMutatedInputs(),
     EmbeddingGradients(),

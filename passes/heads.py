@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,6 +198,14 @@ def _transformed(first: fx.Node, last: fx.Node) -> bool:
     return False
 
 
+def between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    """The nodes behind one and before another, in order."""
+    node = first.next
+    while first < last and node is not last:
+        yield node
+        node = node.next
+
+
 def overwriter(
     values: Iterable[fx.Node],
     first: fx.Node,
@@ -213,7 +221,7 @@ def overwriter(
         besides: nodes that may write, because they do so to something else.
     """
     held = {memory(value) for value in values}
-    late = (n for n in first.graph.nodes if first < n < last and n not in besides)
+    late = (n for n in between(first, last) if n not in besides)
     return next((n for n in late if held & set(map(memory, written(n)))), None)
 
 

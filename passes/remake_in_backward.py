@@ -23,6 +23,8 @@ from torch import fx
 
 from memopt._torch import pytree, stable_topological_sort
 from memopt.graph import is_view, source_line
+from memopt.kernels.gated import GATED, GATED_BACKWARD
+from memopt.kernels.gated_packed import GATED_PACKED, GATED_PACKED_BACKWARD
 from memopt.kernels.norm import NORM, NORM_BACKWARD
 from memopt.pipeline import PassContext
 from memopt.remarks import RemarkKind
@@ -35,7 +37,8 @@ class Remake(NamedTuple):
         forward: the operator.
         backward: its backward. Its last argument says whether to, and its last result is it.
         known_by: position of an argument of the backward that tells which call it belongs to.
-        result: which result of the forward that argument is; None where it is the first argument.
+        result: which result of the forward that argument is; None where the forward has one
+            result, and it is its first argument.
     """
 
     forward: Any
@@ -44,7 +47,11 @@ class Remake(NamedTuple):
     result: int | None
 
 
-TABLE = (Remake(NORM, NORM_BACKWARD, known_by=6, result=3),)
+TABLE = (
+    Remake(NORM, NORM_BACKWARD, known_by=6, result=3),
+    Remake(GATED, GATED_BACKWARD, known_by=1, result=None),
+    Remake(GATED_PACKED, GATED_PACKED_BACKWARD, known_by=1, result=None),
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,8 @@ class RemakeInBackward:
     def _rewrite(
         self, graph: fx.Graph, node: fx.Node, rule: Remake, late: set[fx.Node], ctx: PassContext
     ) -> int:
-        own, twin = _result(node, 0), _twin(graph, node, rule)
+        own = node if rule.result is None else _result(node, 0)
+        twin = _twin(graph, node, rule)
         if own is None or twin is None:
             return 0
         reads = [*_late_reads(own, late)]

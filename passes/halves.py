@@ -1,0 +1,139 @@
+"""Parts of the last dimension of a tensor: slices, chunks, and every other entry."""
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from memopt.emit import same_shape, shape_of, traced
+from memopt.passes.heads import loosely
+from memopt.passes.logits import RESHAPES
+from memopt.passes.patterns import Match, Pattern, is_tensor
+
+FIRST, SECOND, EVEN, ODD = "first", "second", "even", "odd"
+_SPLITS = frozenset(
+    {torch.chunk, "chunk", torch.split, "split", torch.tensor_split, "tensor_split"}
+)
+_UNBINDS = frozenset({torch.unbind, "unbind"})
+_UNFLATTENS = RESHAPES | {torch.reshape, torch.unflatten, "unflatten"}
+
+
+class Part(NamedTuple):
+    """Some entries of each row.
+
+    Attributes:
+        whole: `(..., H)`.
+        taken: which entries.
+        inner: the node that holds them, and those between.
+    """
+
+    whole: fx.Node
+    taken: range
+    inner: tuple[fx.Node, ...]
+
+    @property
+    def kind(self) -> str:
+        """Which half they are; ``""`` where they are none."""
+        size = shape_of(self.whole)[-1]
+        kinds = {
+            range(size // 2): FIRST,
+            range(size // 2, size): SECOND,
+            range(0, size, 2): EVEN,
+            range(1, size, 2): ODD,
+        }
+        return kinds.get(self.taken, "") if size % 2 == 0 and size > 2 else ""
+
+
+@dataclass(frozen=True)
+class HalfOf:
+    """One half of what another pattern finds."""
+
+    whole: Pattern
+    kind: str
+
+    def find(self, value: Any, match: Match) -> Iterator[Match]:
+        part = part_of(value)
+        if part is not None and part.kind == self.kind:
+            yield from self.whole.find(part.whole, match.taking(*part.inner))
+
+
+@dataclass(frozen=True)
+class PartOf:
+    """Some entries of each row of what another pattern finds; a name stands for which."""
+
+    whole: Pattern
+    name: str
+
+    def find(self, value: Any, match: Match) -> Iterator[Match]:
+        part = part_of(value)
+        if part is not None:
+            for found in match.taking(*part.inner).binding(self.name, part.taken):
+                yield from self.whole.find(part.whole, found)
+
+
+def part_of(node: Any) -> Part | None:
+    """Which part of the last dimension of which tensor a node is; None where it is none."""
+    if not isinstance(node, fx.Node) or node.target is not operator.getitem:
+        return None
+    whole, index = loosely(node.args)
+    if is_tensor(whole):
+        taken = _sliced(index, shape_of(whole))
+        return Part(whole, taken, (node,)) if taken is not None else None
+    if not isinstance(whole, fx.Node) or not whole.args or not isinstance(index, int):
+        return None
+    source = loosely(whole.args[0])
+    if not is_tensor(source):
+        return None
+    if whole.target in _SPLITS:
+        taken = _piece(traced(whole), index, shape_of(source))
+        return Part(source, taken, (node, whole)) if taken is not None else None
+    if whole.target in _UNBINDS and _over_pairs(whole):
+        pairs = loosely(source.args[0])
+        return Part(pairs, range(index % 2, shape_of(pairs)[-1], 2), (node, whole, source))
+    return None
+
+
+def _sliced(index: Any, shape: Sequence[Any]) -> range | None:
+    """What a slice takes of the last dimension, if it takes all of the others."""
+    items = index if isinstance(index, tuple) else (index,)
+    if (
+        not items
+        or not isinstance(items[-1], slice)
+        or not shape
+        or not isinstance(shape[-1], int)
+    ):
+        return None
+    *others, last = items
+    reaches = Ellipsis in others or len(items) == len(shape)
+    if not reaches or any(i is not Ellipsis and i != slice(None) for i in others):
+        return None
+    bounds = (last.start, last.stop, last.step)
+    known = all(b is None or isinstance(b, int) for b in bounds)
+    return range(shape[-1])[slice(*bounds)] if known else None
+
+
+def _piece(pieces: Any, index: int, shape: Sequence[Any]) -> range | None:
+    """What a piece takes of the last dimension, if that is the one that was cut."""
+    if not isinstance(pieces, (tuple, list)) or not all(p.dim() == len(shape) for p in pieces):
+        return None
+    sizes = [piece.shape[-1] for piece in pieces]
+    cut = all(isinstance(size, int) for size in sizes) and sum(sizes) == shape[-1]
+    if not cut or not all(same_shape(piece.shape[:-1], shape[:-1]) for piece in pieces):
+        return None
+    index %= len(pieces)
+    return range(sum(sizes[:index]), sum(sizes[: index + 1]))
+
+
+def _over_pairs(unbind: fx.Node) -> bool:
+    """Whether pairs of neighbours are unbound: ``x.view(..., -1, 2).unbind(-1)``."""
+    view = loosely(unbind.args[0])
+    dim = loosely(unbind.args[1:2] or (unbind.kwargs.get("dim", 0),))[0]
+    if view.target not in _UNFLATTENS or not is_tensor(loosely(view.args[0])):
+        return False
+    shape, whole = shape_of(view), shape_of(loosely(view.args[0]))
+    last = isinstance(dim, int) and dim % len(shape) == len(shape) - 1
+    pairs = isinstance(whole[-1], int) and shape[-1] == 2
+    return last and pairs and same_shape(shape[:-2], whole[:-1])

@@ -1,0 +1,64 @@
+"""Norms, gates and rotary embeddings of every causal language model of transformers are found."""
+
+import pytest
+
+from bench.coverage import OPERATORS, Coverage, count, measure, row
+from bench.coverage_page import page, told_share
+from bench.results import header
+from bench.zoo.families import CAUSAL_LMS, Family
+
+BY_NAME = {family.name: family for family in CAUSAL_LMS}
+# Norms, gates and rotary embeddings, of which all are matched.
+WHOLE = {
+    "llama": (5, 2, 4),
+    "gemma2": (9, 2, 4),
+    "olmo2": (9, 2, 4),
+    "cohere": (3, 2, 4),
+    "qwen3": (9, 2, 4),
+    "glm4": (9, 2, 4),
+    "gpt2": (5, 0, 0),
+    "gpt_neox": (5, 0, 4),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_every_operator_of_a_usual_family_is_matched(name: str) -> None:
+    found = measure(BY_NAME[name])
+    assert tuple(found[operator].instances for operator in OPERATORS) == WHOLE[name]
+    assert all(own.matched >= own.instances for own in found.values()), found
+
+
+def test_what_is_not_matched_has_a_reason() -> None:
+    rotary = measure(BY_NAME["deepseek_v3"])["rotary"]
+    assert rotary.instances
+    assert not rotary.matched
+    assert rotary.told == rotary.instances
+    assert any("come apart" in reason for reason in rotary.declined)
+
+
+def test_instances_are_counted_without_the_passes() -> None:
+    module, inputs = BY_NAME["llama"].make()
+    seen, _ = count(module, inputs)
+    assert seen == {"norm": 5, "gate": 2, "rotary": 4}
+
+
+def test_no_more_is_told_than_there_is() -> None:
+    own = Coverage(instances=3, matched=2)
+    own.declined["a reason"] = 4
+    assert own.told == 3
+
+
+def test_the_page_tells_what_was_not_counted() -> None:
+    nothing = row(Family("llama", "NoSuchForCausalLM"))
+    assert nothing["status"].startswith("AttributeError")
+    text = page(header(0, "cpu") | {"rows": [row(BY_NAME["gpt2"]), nothing]})
+    assert "| gpt2 | 5 | - | - |" in text
+    assert "| llama | AttributeError" in text
+
+
+@pytest.mark.slow
+def test_nearly_every_instance_is_matched_or_declined_with_a_reason() -> None:
+    rows = [own for own in map(row, CAUSAL_LMS) if own["status"] == "ok"]
+    assert len(rows) >= 0.9 * len(CAUSAL_LMS)
+    for operator in OPERATORS:
+        assert told_share(rows, operator) >= 0.95, operator
