@@ -48,9 +48,9 @@ def _triton_is_installed() -> bool:
 
 
 def processors(x: Tensor) -> int:
-    """How many programs run at a time where a tensor is; a few where kernels are interpreted."""
+    """How many programs run at a time where a tensor is; one where kernels are interpreted."""
     if x.device.type != "cuda":
-        return 2
+        return 1
     return int(torch.cuda.get_device_properties(x.device).multi_processor_count)
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from triton.runtime import interpreter as stock
 
 from bench.triton.ahead import TARGETS, Target
-from bench.triton.gate import check_spec
+from bench.triton.gate import compile_spec
 from bench.triton.interpreter import install
 from bench.triton.trace import trace
 from memopt.kernels import gated, gated_packed, scratch_table, spec, triton_gated
@@ -134,7 +134,7 @@ def test_every_activation_compiles_to_vector_loads(
     activation: str, dtype: torch.dtype, target: Target
 ) -> None:
     dy, gate, up = torch.randn(3, 4096).to(dtype)
-    assert check_spec(gated.BACKWARD_SPEC, (dy, gate, up, activation, True), [target]) == []
+    assert compile_spec(gated.BACKWARD_SPEC, (dy, gate, up, activation, True), [target]) == []
 
 
 def calls(dtype: torch.dtype, activation: str) -> Iterator[tuple[int, Callable[[], object]]]:
