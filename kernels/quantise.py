@@ -148,9 +148,9 @@ def _dequantise(
         Of this shape and dtype, contiguous.
 
     Raises:
-        ConfigError: for other bits and groups, and codes of another shape.
+        ConfigError: for other bits and groups, and codes or scales of another shape.
     """
-    check_packed(packed, shape, bits, group)
+    check_packed(packed, scale, zero, shape, bits, group)
     if not packed.numel():
         return (packed.new_empty(shape, dtype=dtype),)
     z = _grouped(_whole(packed, shape[-1]) if bits == 4 else packed, group, scale.dtype)
@@ -176,14 +176,22 @@ def check(dimensions: int, bits: int, group: int) -> None:
         raise ConfigError("a tensor without dimensions has no groups: give it one, with x[None]")
 
 
-def check_packed(packed: Tensor, shape: list[int], bits: int, group: int) -> None:
-    """Raise ``ConfigError`` for codes that are not of this shape."""
+def check_packed(
+    packed: Tensor, scale: Tensor, zero: Tensor, shape: list[int], bits: int, group: int
+) -> None:
+    """Raise ``ConfigError`` for codes, scales and zero points that are not of this shape."""
     check(len(shape), bits, group)
     due = (*shape[:-1], packed_width(shape[-1], bits))
     if packed.dtype != torch.uint8 or packed.shape != due:
         raise ConfigError(
             f"the codes are {packed.dtype}, {tuple(packed.shape)}: "
             f"{tuple(shape)} in {bits} bits takes torch.uint8, {due}"
+        )
+    due = (*shape[:-1], groups_of(shape[-1], group))
+    if scale.shape != due or zero.shape not in (due, (0,)):
+        raise ConfigError(
+            f"the scales are {tuple(scale.shape)} and the zero points {tuple(zero.shape)}: "
+            f"{tuple(shape)} in groups of {group} takes {due}, or (0,) for no zero points"
         )
 
 

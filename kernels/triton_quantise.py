@@ -169,7 +169,7 @@ def dequantise(
     group: int,
 ) -> Results:
     """As the operator ``memopt::dequantise``, of float32 scales."""
-    check_packed(packed, shape, bits, group)
+    check_packed(packed, scale, zero, shape, bits, group)
     y = packed.new_empty(shape, dtype=dtype)
     if not y.numel():
         return (y,)

@@ -252,6 +252,12 @@ def test_offsets_beyond_two_to_the_31st_reach_their_rows() -> None:
             ),
             r"\(2, 31\) in 4 bits takes torch.uint8, \(2, 16\)",
         ),
+        (
+            lambda: DEQUANTISE(
+                *QUANTISE(torch.ones(2, 64), 8, 64, False), [2, 64], torch.float32, 8, 32
+            ),
+            r"\(2, 64\) in groups of 32 takes \(2, 2\)",
+        ),
     ],
 )
 def test_other_bits_groups_and_shapes_are_errors(call: Callable[[], Any], message: str) -> None:

@@ -233,6 +233,7 @@ def long_samples(dtype: torch.dtype) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("number", range(3))
 def test_rows_of_up_to_128k_pass_the_gate_and_compile(number: int, dtype: torch.dtype) -> None:
