@@ -6,7 +6,8 @@ it, or that reads the same. What it grows by is
 (1) convex: no path leaves the region and comes back, or the region would wait for itself. Nodes on
     such a path come along; a region that was chosen before is one node.
 (2) between two library calls: a node moves to where its first reader is, but past no call, so
-    that what is alive during calls changes by what regions keep and read alone.
+    that what is alive during calls changes by what regions keep and read alone. Neither does it
+    move past a node that writes to its input, or draws numbers.
 (3) known to the lowering, which says so by reading it.
 (4) held in registers: few values with an entry for each column are needed at a time.
 
@@ -26,7 +27,7 @@ import torch
 from torch import fx
 
 from memopt._torch import size_hint
-from memopt.graph import OpKind, is_mutating, op_kind, stretches
+from memopt.graph import OpKind, is_mutating, is_random, op_kind, stretches
 from memopt.row_index import Space, UnfusableError
 from memopt.row_ir import RowProgram
 from memopt.row_nodes import is_seen_through, operands, readers, results_of, space_of
@@ -69,7 +70,7 @@ def latest(graph: fx.Graph) -> dict[fx.Node, int]:
     last: dict[fx.Node, int] = {}
     barrier = len(own)
     for node in reversed(graph.nodes):
-        if is_mutating(node):
+        if _keeps_its_place(node):
             barrier = own[node]
         users = [last[user] for user in node.users if user.op != "output"]
         fixed = not users or op_kind(node) in (OpKind.EXTERN, OpKind.REDUCTION)
@@ -90,7 +91,7 @@ def _blocks(graph: fx.Graph) -> Iterator[list[fx.Node]]:
     blocks: dict[tuple[int, int], list[fx.Node]] = {}
     changes = 0
     for node in graph.nodes:
-        changes += is_mutating(node)
+        changes += _keeps_its_place(node)
         if node.op == "call_function" and not is_seen_through(node):
             blocks.setdefault((last[node], changes), []).append(node)
     yield from blocks.values()
@@ -194,6 +195,10 @@ class _Chooser:
                 region if source in inside else source, region if user in inside else user
             )
         self.closure = ConvexClosure(self.dag)
+
+
+def _keeps_its_place(node: fx.Node) -> bool:
+    return is_mutating(node) or is_random(node)
 
 
 def _is_free(node: Any, taken: Collection[fx.Node]) -> bool:

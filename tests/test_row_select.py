@@ -183,3 +183,15 @@ def test_float64_is_left_alone() -> None:
     before = str(gm.graph)
     assert lower_regions(gm) == 0
     assert str(gm.graph) == before
+
+
+def test_nothing_moves_past_what_writes_to_its_input() -> None:
+    def changing(x: Tensor) -> tuple[Tensor, ...]:
+        before = (x * 2).sin()
+        x.add_(1)
+        return ((x * 3 + before).cos() * x,)
+
+    gm = traced(changing, (X,))
+    assert [len(region.members) for region in choose_regions(gm.graph)] == [2, 4]
+    assert lower_regions(gm) == 2
+    assert torch.equal(gm(X.clone())[0], changing(X.clone())[0])
