@@ -15,7 +15,9 @@ from bench.triton.interpreter import install
 from bench.triton.on_cpu import Twins, modules_on_cpu
 from bench.zoo import Inputs, LossOnly
 from bench.zoo.hugging_face import llama
+from memopt.kernels.chunks import has_row_kernel
 from memopt.kernels.norm import NORM
+from memopt.kernels.rows import IndexTargets
 
 # Losses are compared over several inputs at once: eager hits a single number by luck.
 _DRAWS = 3
@@ -142,6 +144,7 @@ def _interpreted(
     twin, steps = _faked(model, twins), []
     # Autograd would make the first gradient itself, with nothing behind it.
     ones = {d: twins.fake(torch.ones((), dtype=d)) for d in (torch.float32, torch.bfloat16)}
+    assert has_row_kernel(IndexTargets, ones[torch.float32]), "the device is one of those served"
     with modules_on_cpu(twins) as launches, twins.mode:
         compiled = torch.compile(twin, backend="memopt", options=dict(options))
         for inputs in draws:

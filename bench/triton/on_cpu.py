@@ -24,6 +24,7 @@ from torch._inductor.runtime.triton_heuristics import GridExpr
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes as disable_modes
 
+from bench.triton.gate import uninitialised_is_nan
 from bench.triton.trace import Launch, trace
 from memopt.kernels import serving
 
@@ -83,11 +84,10 @@ def modules_on_cpu(twins: Twins) -> Iterator[list[Launch]]:
         module.call = _behind(module.call, twins, launches)
         return module
 
-    empty_strided_cpu = guards._empty_strided_cpu  # type: ignore[attr-defined]
     with (
         patch.object(GraphLowering, "_compile_to_module", load_on_cpu),
         patch.object(AsyncCompile, "triton", _interpreted),
-        patch.object(guards, "_empty_strided_cuda", empty_strided_cpu),
+        patch.object(guards, "_empty_strided_cuda", _empty_strided),
     ):
         yield launches
 
@@ -99,12 +99,23 @@ def _behind(call: Call, twins: Twins, launches: list[Launch]) -> Call:
         real = [twins.real(a) if isinstance(a, Tensor) else a for a in arguments]
         arguments.clear()
         # A backward runs in a thread of its own, to which what was traced outside is unknown.
-        with disable_modes(), torch.no_grad(), _kernels_on_cpu(), trace() as seen:
+        with (
+            disable_modes(),
+            torch.no_grad(),
+            _kernels_on_cpu(),
+            uninitialised_is_nan(),
+            trace() as seen,
+        ):
             results = call(real)
         launches.extend(seen)
         return [twins.fake(r) if isinstance(r, Tensor) else r for r in results]
 
     return run
+
+
+def _empty_strided(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """In the place of the function that makes a module's buffers; torch may fill this one's."""
+    return torch.empty_strided(size, stride, dtype=dtype)
 
 
 def _interpreted(self: Any, kernel_name: str, source_code: str, device_str: str = "cuda") -> Any:

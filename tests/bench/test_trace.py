@@ -18,7 +18,7 @@ def test_a_clean_kernel_moves_each_byte_once_and_has_no_conflicts() -> None:
     with trace() as launches:
         kernels.copy[(4,)](x, out, 4096, 0, BLOCK=1024)
     (launch,) = launches
-    assert (launch.kernel, launch.programs, launch.conflicts) == ("copy", 4, [])
+    assert (launch.name, launch.programs, launch.conflicts) == ("copy", 4, [])
     assert launch.requested_bytes == launch.l2_bytes == launch.dram_bytes == 2 * 4096 * 4
     assert launch.coalescing == 1
 
