@@ -105,7 +105,7 @@ def _guard(found: Found) -> str:
         return f"the product of {traced(gate).dtype} stays {found.dtype}"
     for node in (gate, up):
         part = part_of(node)
-        if part is not None and part.kind in (EVEN, ODD):
+        if part is not None and (part.is_half(EVEN) or part.is_half(ODD)):
             return f"{node.name} is every other entry of a row"
         if loop := _loop(node):
             return f"{loop.name} ({name_of(loop)}) is made in a loop, which fuses with the product"
@@ -126,13 +126,14 @@ def _loop(node: fx.Node) -> fx.Node | None:
 def _write(graph: fx.Graph, found: Found, activation: str) -> Written:
     """The operator, of two tensors or of one."""
     gate, up, last = found["gate"], found["up"], found.last
-    halves = part_of(gate), part_of(up)
-    kinds = [half.kind if half else "" for half in halves]
-    whole = halves[0].whole if halves[0] else None
-    if sorted(kinds) == [FIRST, SECOND] and halves[1] and halves[1].whole is whole:
-        args = (whole, activation, kinds[0] == SECOND)
-        y = emit(graph, GATED_PACKED, args, like=last)
-        return Written(f"{activation}, of two halves", {last: as_result(found, y)})
+    first, second = part_of(gate), part_of(up)
+    if first and second and first.whole is second.whole:
+        for one, other, gate_last in ((FIRST, SECOND, False), (SECOND, FIRST, True)):
+            if first.is_half(one) and second.is_half(other):
+                args = (first.whole, activation, gate_last)
+                y = emit(graph, GATED_PACKED, args, like=last)
+                said = f"{activation}, of two halves"
+                return Written(said, {last: as_result(found, y)})
     y = emit(graph, GATED, (gate, up, activation), like=last)
     return Written(activation, {last: as_result(found, y)})
 

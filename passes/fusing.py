@@ -133,18 +133,18 @@ class Family:
         for anchor in [n for n in graph.nodes if self.anchor(n)]:
             if anchor in erased or not served(anchor, cpu):
                 continue
-            first: tuple[str, fx.Node] | None = None
+            first = ""
             for found in self._matches(anchor):
                 reason = _refusal(found, apart)
                 if not reason:
-                    reason = self._replace(graph, found, ctx, erased)
+                    reason = self._replace(graph, found, anchor, ctx, erased)
                 if not reason:
                     rewrites += 1
                     break
-                first = first or (f"{found.rule.name}: {reason}", found.last)
+                first = first or f"{found.rule.name}: {reason}"
             else:
-                if first is not None:
-                    self._remark(ctx, RemarkKind.MISSED, *first)
+                if first:
+                    self._remark(ctx, RemarkKind.MISSED, first, anchor)
         return rewrites
 
     def _matches(self, anchor: fx.Node) -> Iterator[Found]:
@@ -157,21 +157,25 @@ class Family:
                     yield Found(rule, found, last)
 
     def _replace(
-        self, graph: fx.Graph, found: Found, ctx: PassContext, erased: set[fx.Node]
+        self,
+        graph: fx.Graph,
+        found: Found,
+        anchor: fx.Node,
+        ctx: PassContext,
+        erased: set[fx.Node],
     ) -> str:
         """Put the operator in; the reason where its result does not fit."""
         assert found.rule.write is not None
         before = set(graph.nodes)
         with graph.inserting_before(found.last):
             written = found.rule.write(graph, found)
-        if reason := next(
-            filter(None, (_misplaced(*pair) for pair in written.results.items())), ""
-        ):
+        misplaced = (_misplaced(old, new) for old, new in written.results.items())
+        if reason := next(filter(None, misplaced), ""):
             for node in reversed([n for n in graph.nodes if n not in before]):
                 graph.erase_node(node)
             return reason
         said = f"{found.rule.name}: {written.said}"
-        self._remark(ctx, RemarkKind.APPLIED, said, found.last)
+        self._remark(ctx, RemarkKind.APPLIED, said, anchor)
         for old, new in written.results.items():
             old.replace_all_uses_with(new)
         dead = found.match.inner | found.match.casts | written.results.keys()

@@ -16,6 +16,7 @@ from memopt.passes.patterns import Match, Pattern, is_tensor
 FIRST, SECOND, EVEN, ODD = "first", "second", "even", "odd"
 _SPLITS = frozenset(
     {torch.chunk, "chunk", torch.split, "split", torch.tensor_split, "tensor_split"}
+    | {torch.split_with_sizes, "split_with_sizes"}
 )
 _UNBINDS = frozenset({torch.unbind, "unbind"})
 _UNFLATTENS = RESHAPES | {torch.reshape, torch.unflatten, "unflatten"}
@@ -34,17 +35,16 @@ class Part(NamedTuple):
     taken: range
     inner: tuple[fx.Node, ...]
 
-    @property
-    def kind(self) -> str:
-        """Which half they are; ``""`` where they are none."""
+    def is_half(self, kind: str) -> bool:
+        """Whether they are this half; of two entries, the first is the even one as well."""
         size = shape_of(self.whole)[-1]
-        kinds = {
-            range(size // 2): FIRST,
-            range(size // 2, size): SECOND,
-            range(0, size, 2): EVEN,
-            range(1, size, 2): ODD,
+        half = {
+            FIRST: range(size // 2),
+            SECOND: range(size // 2, size),
+            EVEN: range(0, size, 2),
+            ODD: range(1, size, 2),
         }
-        return kinds.get(self.taken, "") if size % 2 == 0 and size > 2 else ""
+        return size % 2 == 0 and self.taken == half[kind]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class HalfOf:
 
     def find(self, value: Any, match: Match) -> Iterator[Match]:
         part = part_of(value)
-        if part is not None and part.kind == self.kind:
+        if part is not None and part.is_half(self.kind):
             yield from self.whole.find(part.whole, match.taking(*part.inner))
 
 

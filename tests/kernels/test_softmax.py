@@ -241,18 +241,19 @@ def test_rows_of_up_to_128k_pass_the_gate_and_compile(number: int, dtype: torch.
     from dataclasses import replace
 
     from bench.triton.ahead import TARGETS
-    from bench.triton.gate import check_spec
+    from bench.triton.gate import check_spec, compile_spec
     from bench.triton.interpreter import install
 
     install()
     x, mask, scale, softcap = long_samples(dtype)[number]
     spec = replace(SPEC, l2_share=2.5)  # a looped row's mask is read twice by each
-    assert check_spec(spec, (x, mask, scale, softcap), TARGETS) == []
+    sample = x, mask, scale, softcap
+    assert [*check_spec(spec, sample), *compile_spec(spec, sample, TARGETS)] == []
     y = plain(x, mask, scale, softcap)
     dy = torch.randn(x.shape).to(dtype)
     spec = replace(BACKWARD_SPEC, l2_share=7 / 4)
     args = dy, y, x if softcap else None, scale, softcap
-    assert check_spec(spec, args, TARGETS) == []
+    assert [*check_spec(spec, args), *compile_spec(spec, args, TARGETS)] == []
 
 
 def test_a_row_on_chip_is_read_once() -> None:

@@ -117,7 +117,7 @@ HALVES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "chunk": (lambda z: silu(*z.chunk(2, dim=-1)), False),
     "chunk, the gate last": (lambda z: silu(*reversed(torch.chunk(z, 2, -1))), True),
     "tensor_split": (lambda z: silu(*z.tensor_split(2, dim=2)), False),
-    "split by sizes": (lambda z: silu(*torch.split(z, [WIDTH, WIDTH], -1)), False),
+    "split by sizes": (lambda z: silu(*torch.split_with_sizes(z, [WIDTH, WIDTH], -1)), False),
     "slices": (lambda z: silu(z[..., :WIDTH], z[..., WIDTH:]), False),
     "slices of all dimensions": (lambda z: silu(z[:, :, WIDTH:], z[:, :, :WIDTH]), True),
     "F.glu": (lambda z: F.glu(z), True),

@@ -1,11 +1,16 @@
 """Norms, gates and rotary embeddings of every causal language model of transformers are found."""
 
+import copy
+from typing import Any
+
 import pytest
+import torch
 
 from bench.coverage import OPERATORS, Coverage, count, measure, row
 from bench.coverage_page import page, told_share
 from bench.results import header
 from bench.zoo.families import CAUSAL_LMS, Family
+from tests.training import assert_trains_within_reference_error, in_float64
 
 BY_NAME = {family.name: family for family in CAUSAL_LMS}
 # Norms, gates and rotary embeddings, of which all are matched.
@@ -54,6 +59,18 @@ def test_the_page_tells_what_was_not_counted() -> None:
     text = page(header(0, "cpu") | {"rows": [row(BY_NAME["gpt2"]), nothing]})
     assert "| gpt2 | 5 | - | - |" in text
     assert "| llama | AttributeError" in text
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "glm4", "gpt_neox"])
+def test_a_family_trains_as_eager_does(name: str) -> None:
+    model, _ = BY_NAME[name].make()
+    exact = copy.deepcopy(model).double()
+    passes = dict.fromkeys(("fuse_norms", "fuse_gates", "fuse_rotary"), {"cpu": True})
+    options: dict[str, Any] = {"lowering": "eager", "strict": True, "passes": passes}
+    fused = torch.compile(model, backend="memopt", options=options)
+    draws = (BY_NAME[name].make(seed)[1] for seed in range(2))
+    sides = (fused, model), (in_float64(exact), exact), (model, model)
+    assert_trains_within_reference_error(*sides, draws)
 
 
 @pytest.mark.slow
