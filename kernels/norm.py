@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from memopt._torch import size_hint
+from memopt.kernels.row_views import copied_bytes
 from memopt.kernels.serving import serves
 from memopt.kernels.spec import Arguments, KernelSpec, Results
 
@@ -218,20 +219,23 @@ torch.library.register_fake("memopt::norm_backward", _fake_backward)
 torch.library.register_autograd("memopt::norm", _backward, setup_context=_save)
 
 
-def scratch_bytes(x: Tensor, *_: Any) -> int:
+def scratch_bytes(x: Tensor, residual: Tensor | None, *_: Any) -> int:
     """What ``norm`` allocates besides its results, in bytes, at most."""
-    return 0 if serves(x) else 3 * _wide_bytes(x)
+    if not serves(x):
+        return 3 * _wide_bytes(x)
+    return copied_bytes(*(t for t in (x, residual) if t is not None))
 
 
-def backward_scratch_bytes(dy: Tensor, *args: Any) -> int:
+def backward_scratch_bytes(dy: Tensor, dtotal: Tensor | None, total: Tensor, *args: Any) -> int:
     """What ``norm_backward`` allocates besides its results, in bytes, at most."""
     if not serves(dy):
         return 5 * _wide_bytes(dy)
     from memopt.kernels import triton_norm  # here, because Triton is optional
 
-    rows = size_hint(dy.numel()) // size_hint(dy.shape[-1])
-    wanted: int = sum(args[7])
-    return triton_norm.programs(dy, rows) * size_hint(dy.shape[-1]) * 4 * wanted
+    width = size_hint(dy.shape[-1])
+    wanted: int = sum(args[5])
+    parts = triton_norm.programs(dy, size_hint(dy.numel()) // width) * width * 4 * wanted
+    return parts + copied_bytes(*(t for t in (dy, dtotal, total) if t is not None))
 
 
 def _wide_bytes(x: Tensor) -> int:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from memopt.kernels.row_views import by_rows
 from memopt.kernels.serving import processors, warps
 from memopt.kernels.spec import Results
 
@@ -214,14 +215,6 @@ def programs(x: Tensor, rows: int) -> int:
     return max(1, min(_PROGRAMS_PER_PROCESSOR * processors(x), rows // (4 * tile)))
 
 
-def _by_rows(t: Tensor | None) -> Tensor | None:
-    """As rows one after the other, of entries side by side: a view where strides allow it."""
-    if t is None or (t.dim() == 2 and t.stride(1) == 1):
-        return t
-    flat = t.reshape(-1, t.shape[-1])
-    return flat if flat.stride(1) == 1 else flat.contiguous()
-
-
 def _row(t: Tensor | None) -> int:
     return 0 if t is None else t.stride(0)
 
@@ -242,8 +235,7 @@ def forward(
     total = empty if residual is None else x.new_empty(shape)
     mean = x.new_empty(shape[:-1] if centred else 0, dtype=statistics)
     rstd = x.new_empty(shape[:-1], dtype=statistics)
-    flat, added = _by_rows(x), _by_rows(residual)
-    assert flat is not None
+    flat, added = by_rows(x), None if residual is None else by_rows(residual)
     rows, block, warps_each = _tile(width, _FORWARD_TILE)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         norm_forward[(triton.cdiv(len(flat), rows),)](
@@ -268,9 +260,7 @@ def backward(
 ) -> Results:
     """As the operator ``memopt::norm_backward``."""
     width = dy.shape[-1]
-    flat, more, stream = _by_rows(dy), _by_rows(dtotal), _by_rows(total)
-    assert flat is not None
-    assert stream is not None
+    flat, more, stream = by_rows(dy), None if dtotal is None else by_rows(dtotal), by_rows(total)
     count = programs(dy, len(flat))
     parts = [
         _part(like, count) if on and like is not None else None

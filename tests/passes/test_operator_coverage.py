@@ -65,7 +65,7 @@ def test_the_page_tells_what_was_not_counted() -> None:
 def test_a_family_trains_as_eager_does(name: str) -> None:
     model, _ = BY_NAME[name].make()
     exact = copy.deepcopy(model).double()
-    passes = dict.fromkeys(("fuse_norms", "fuse_gates", "fuse_rotary"), {"cpu": True})
+    passes = {key: {"cpu": True} for key in ("fuse_norms", "fuse_gates", "fuse_rotary")}
     options: dict[str, Any] = {"lowering": "eager", "strict": True, "passes": passes}
     fused = torch.compile(model, backend="memopt", options=options)
     draws = (BY_NAME[name].make(seed)[1] for seed in range(2))
