@@ -148,14 +148,14 @@ def _refusal(pair: Pair, total: Sum | None, mode: str) -> str:
 
 def _changed(pair: Pair, last: fx.Node) -> str:
     """Why the product may not be taken again, later, from the same embeddings. See (4)."""
-    nodes = [*pair.similarities, *pair.a.scaled, *pair.b.scaled]
-    a, b = pair.a, pair.b
+    a, b = pair.a.product, pair.b.product
+    nodes = [*pair.similarities, *a.scaled, *b.scaled]
     if traced(a.similarities[-1]).dtype != traced(b.similarities[-1]).dtype:
         return "the products have different dtypes"
     if len({traced(loss).requires_grad for loss in pair.losses}) > 1:
         return "one direction has a gradient and the other none"
     stopped = any(map(stops_gradient, nodes))
-    if stopped and traced(a.loss.node).requires_grad:
+    if stopped and traced(pair.losses[0]).requires_grad:
         return "a part of the product has no gradient"
     return unsafe(Head(min(nodes), a.x, a.y, a.scale.tensor), last)
 
@@ -186,8 +186,8 @@ def _fuse(
 
 def _operator(graph: fx.Graph, a: Direction, rows: int) -> fx.Node:
     """The sum of the losses in both directions, in the dtype of one."""
-    like = a.loss.node
-    dtype, result = traced(a.similarities[-1]).dtype, traced(like)
+    like, (x, y, scale, *_) = a.loss.node, a.product
+    dtype, result = traced(a.product.similarities[-1]).dtype, traced(like)
 
     def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return emit(graph, target, args, kwargs, like=like)
@@ -195,7 +195,7 @@ def _operator(graph: fx.Graph, a: Direction, rows: int) -> fx.Node:
     def typed(node: fx.Node, dtype: torch.dtype) -> fx.Node:
         return node if traced(node).dtype == dtype else call("to", node, dtype)
 
-    inputs = [typed(a.x, dtype), typed(a.y, dtype), scale_tensor(graph, a.scale, a.x, dtype, like)]
+    inputs = [typed(x, dtype), typed(y, dtype), scale_tensor(graph, scale, x, dtype, like)]
     if not result.requires_grad:
         inputs = [constant(graph, node, like=like) for node in inputs]
     wanted = [bool(traced(node).requires_grad) for node in inputs]
@@ -205,7 +205,7 @@ def _operator(graph: fx.Graph, a: Direction, rows: int) -> fx.Node:
 
 def _with_zeros(graph: fx.Graph, value: fx.Node, pair: Pair) -> fx.Node:
     """The same value, with the gradients of what was added to all similarities: zeros."""
-    for shift in dict.fromkeys((*pair.a.shifts, *pair.b.shifts)):
+    for shift in dict.fromkeys((*pair.a.product.shifts, *pair.b.product.shifts)):
         if not (traced(shift).requires_grad and traced(value).requires_grad):
             continue
         zero = emit(graph, operator.mul, (shift, 0.0), like=pair.a.loss.node)

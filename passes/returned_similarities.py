@@ -22,7 +22,7 @@ def refusal(pair: Pair, mode: str, returned: set[fx.Node]) -> str:
     if mode == "full":
         return "the graph returns the similarities, and logits='full' keeps them whole"
     known = [product_of(node) for node in returned]
-    sides = {pair.a.x, pair.a.y}
+    sides = {pair.a.product.x, pair.a.product.y}
     if mode == "lazy" and any(p is not None and p.shifts for p in known):
         return "the graph returns similarities with something added"
     if mode == "lazy" and any(p is None or {p.x, p.y} != sides for p in known):

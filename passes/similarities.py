@@ -70,27 +70,11 @@ class Product(NamedTuple):
     shifts: tuple[fx.Node, ...] = ()
 
 
-@dataclass(frozen=True)
-class Direction:
-    """One cross-entropy of ``scale * x @ y.T``.
-
-    Attributes:
-        loss: the cross-entropy.
-        x, y: embeddings `(N, D)`.
-        scale: every factor between them and the loss.
-        scaled: the nodes that scale embeddings.
-        similarities: the nodes that hold the `(N, N)` similarities, the product last.
-        shifts: what is added to all similarities alike: it changes no softmax, and has no gradient
-            but zeros.
-    """
+class Direction(NamedTuple):
+    """One cross-entropy of similarities, or of their transpose."""
 
     loss: Loss
-    x: fx.Node
-    y: fx.Node
-    scale: Scale
-    scaled: tuple[fx.Node, ...]
-    similarities: tuple[fx.Node, ...]
-    shifts: tuple[fx.Node, ...] = ()
+    product: Product
 
 
 @dataclass(frozen=True)
@@ -103,7 +87,7 @@ class Pair:
     @property
     def size(self) -> Any:
         """``N``."""
-        return shape_of(self.a.x)[0]
+        return shape_of(self.a.product.x)[0]
 
     @property
     def losses(self) -> tuple[fx.Node, fx.Node]:
@@ -112,7 +96,7 @@ class Pair:
     @cached_property
     def similarities(self) -> set[fx.Node]:
         """Every node that holds them, and those that are nothing but their transpose or cast."""
-        found = {*self.a.similarities, *self.b.similarities}
+        found = {*self.a.product.similarities, *self.b.product.similarities}
         todo = list(found)
         while todo:
             for user in todo.pop().users:
@@ -127,7 +111,8 @@ def find_pairs(graph: fx.Graph) -> list[Pair]:
     directions = list(_directions(graph))
     pairs, used = [], set[fx.Node]()
     for a, b in combinations(directions, 2):
-        opposite = (a.x, a.y, a.scale) == (b.y, b.x, b.scale)
+        p, q = a.product, b.product
+        opposite = (p.x, p.y, p.scale) == (q.y, q.x, q.scale)
         if opposite and used.isdisjoint(own := {a.loss.node, b.loss.node}):
             pairs.append(Pair(a, b))
             used |= own
@@ -162,7 +147,7 @@ def _directions(graph: fx.Graph) -> Iterator[Direction]:
 
 def _direction(loss: Loss) -> Direction | None:
     product = product_of(loss.logits.node)
-    return None if product is None else Direction(loss, *product)
+    return None if product is None else Direction(loss, product)
 
 
 def product_of(node: fx.Node) -> Product | None:

@@ -14,7 +14,7 @@ from memopt.passes import PRE_GRAD
 from memopt.pipeline import PassContext, Pipeline
 from memopt.remarks import RemarkKind
 from tests import references
-from tests.passes.compiling import assert_close, options, rewritten, run_compiled
+from tests.passes.compiling import argument, assert_close, options, rewritten, run_compiled
 
 PAIRS, SIZE = 300, 8
 
@@ -246,7 +246,7 @@ def test_without_gradients_the_operator_is_asked_for_none() -> None:
         actual, _ = run_compiled(two_products, batch)
         torch.testing.assert_close(actual, two_products(batch), rtol=1e-12, atol=1e-12)
     (node,) = (n for n in graph.nodes if "contrastive" in str(n.target))
-    assert node.args[4] == [False, False, False]
+    assert argument(node, "wanted") == [False, False, False]
 
 
 def test_the_number_of_pairs_changes_without_a_recompilation() -> None:
