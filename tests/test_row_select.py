@@ -211,3 +211,17 @@ def test_what_a_neighbour_saves_is_the_difference_of_prices(
         read = {s for n in members for s in operands(n)} - set(members)
         expected = moved_bytes(members) + moved_bytes([node]) - moved_bytes([*members, node])
         assert chooser.gain(node, set(members), read) == expected
+
+
+def test_the_backward_of_a_norm_is_one_region_with_the_sum_that_follows() -> None:
+    """As autograd writes it: with conversions that name a device, and powers of one."""
+
+    def backward(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        x = x.detach().requires_grad_()
+        z = x.float()
+        y = (z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * weight
+        return (torch.autograd.grad(y, x, grad)[0] + grad,)
+
+    inputs = tuple(t.bfloat16() for t in (X, W, Y))
+    region = lowered(backward, inputs)
+    assert region.ideal_bytes == sum(t.nbytes for t in (*inputs, X.bfloat16()))
