@@ -99,6 +99,7 @@ RULES: Mapping[str, Rule] = {
     "aten.logical_not": Rule("{0} == 0", "promoted", 1),
 }
 _POWERS = {
+    1: "{0}",
     2: "{0} * {0}",
     3: "{0} * {0} * {0}",
     0.5: _SQRT,
@@ -110,7 +111,11 @@ _CONVERSIONS = (prims.convert_element_type.default, aten._to_copy.default)
 
 def is_conversion(node: fx.Node) -> bool:
     """Whether the node changes the dtype and nothing else."""
-    return node.target in _CONVERSIONS and set(node.kwargs) <= {"dtype"}
+    if node.target not in _CONVERSIONS:
+        return False
+    value, source = node.meta["val"], node.args[0].meta["val"]  # type: ignore[union-attr]
+    told = {"dtype": value.dtype, "layout": source.layout, "device": source.device}
+    return all(name in told and told[name] == given for name, given in node.kwargs.items())
 
 
 def rule_of(node: fx.Node) -> tuple[Rule, tuple[Any, ...]]:

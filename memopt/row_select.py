@@ -60,7 +60,7 @@ def choose_regions(graph: fx.Graph) -> list[FusedRows]:
     """
     found: list[FusedRows] = []
     for block in _blocks(graph):
-        found += _Chooser(block).regions()
+        found += Chooser(block).regions()
     return found
 
 
@@ -114,15 +114,17 @@ class ConvexClosure:
         return frozenset(members) | (below & above)
 
 
-class _Chooser:
+class Chooser:
     """Regions among the nodes of one block."""
 
     def __init__(self, block: list[fx.Node]) -> None:
         self.order = {node: place for place, node in enumerate(block)}
         self.dag = nx.DiGraph()
         self.dag.add_nodes_from(block)
-        for node in block:
-            self.dag.add_edges_from((s, node) for s in operands(node) if s in self.order)
+        self.sources = {node: frozenset(operands(node)) for node in block}
+        self.users: dict[fx.Node, frozenset[fx.Node]] = {}
+        for node, sources in self.sources.items():
+            self.dag.add_edges_from((s, node) for s in sources if s in self.order)
         self.taken: set[fx.Node] = set()
         self.closure = ConvexClosure(self.dag)
 
@@ -135,40 +137,76 @@ class _Chooser:
                 yield region
 
     def grown(self, seed: fx.Node, space: Space) -> FusedRows | None:
+        """The region around a node; it grows by more at a time as long as that can be read.
+
+        What is refused is tried again once the rest has grown: it may be read by then.
+        """
         members: frozenset[fx.Node] = frozenset({seed})
         program: RowProgram | None = None
         refused: set[fx.Node] = set()
+        stride, has_grown = 1, False
         while True:
-            step = self.step(members, space, refused)
-            if step is None:
+            larger, last = self.larger(members, refused, stride)
+            if last is None and has_grown and refused:
+                refused, has_grown = set(), False
+            elif last is None:
                 break
-            members, program = step
+            elif found := self.read(larger, space):
+                members, program, stride, has_grown = larger, found, 2 * stride, True
+            elif stride == 1:
+                refused.add(last)
+            else:
+                stride = 1
         saved = sum(moved_bytes([n]) for n in members) - moved_bytes(members)
         if program is None or saved <= 0:
             return None
         return FusedRows(self.sorted(members), program, saved)
 
-    def step(
-        self, members: frozenset[fx.Node], space: Space, refused: set[fx.Node]
-    ) -> tuple[frozenset[fx.Node], RowProgram] | None:
-        """The region with the neighbour that saves most and can be had."""
-        near = set(self.neighbours(members)) - members - refused
-        before = moved_bytes(members)
-        gain = {n: before + moved_bytes([n]) - moved_bytes({*members, n}) for n in near}
-        for node in sorted(near, key=lambda n: (-gain[n], self.order[n])):
-            grown = self.closure(members | {node})
-            program = self.read(grown, space) if gain[node] > 0 else None
-            if program is not None:
-                refused.clear()
-                return grown, program
-            refused.add(node)
-        return None
+    def larger(
+        self, members: frozenset[Any], refused: Set[fx.Node], count: int
+    ) -> tuple[frozenset[Any], fx.Node | None]:
+        """The members and so many neighbours, each the one that saves most, and the last one."""
+        last = None
+        for _ in range(count):
+            best = self.best(members, refused)
+            if best is None:
+                break
+            members, last = self.closure(members | {best}), best
+        return members, last
 
-    def neighbours(self, members: Collection[fx.Node]) -> Iterator[fx.Node]:
-        for node in members:
-            sources = [*operands(node)]
-            near = [*sources, *readers(node), *(n for s in sources for n in readers(s))]
-            yield from (n for n in near if n in self.order and n not in self.taken)
+    def best(self, members: frozenset[Any], refused: Set[fx.Node]) -> fx.Node | None:
+        if not all(isinstance(member, fx.Node) for member in members):
+            return None
+        read = {s for n in members for s in self.sources[n]} - members
+        near = {*read, *(n for s in read | members for n in self.users_of(s))}
+        near = {n for n in near - members - refused if n in self.order and n not in self.taken}
+        gain = {n: self.gain(n, members, read) for n in near}
+        saving = [n for n in near if gain[n] > 0]
+        return min(saving, key=lambda n: (-gain[n], self.order[n]), default=None)
+
+    def gain(self, node: fx.Node, members: Set[Any], read: Set[fx.Node]) -> int:
+        """How much less the members move with the node than they and it by themselves.
+
+        Args:
+            node: another one.
+            members: of a region.
+            read: what they read.
+        """
+        total = 0
+        for source in self.sources[node]:
+            if source in members:
+                unwritten = self.users_of(source) - members <= {node}
+                total += _nbytes(source) * (1 + unwritten)
+            elif source in read:
+                total += _nbytes(source)
+        if node in read:
+            total += _nbytes(node) * (1 + (self.users_of(node) <= members))
+        return total
+
+    def users_of(self, node: fx.Node) -> Set[fx.Node]:
+        if node not in self.users:
+            self.users[node] = frozenset(readers(node))
+        return self.users[node]
 
     def read(self, members: frozenset[Any], space: Space) -> RowProgram | None:
         """Clauses (3) and (4)."""

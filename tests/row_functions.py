@@ -74,8 +74,10 @@ def quantise_groups(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def traced(function: Function, inputs: Sequence[Any]) -> fx.GraphModule:
-    """The aten graph of a function."""
+    """The aten graph of a function, without what nothing reads."""
     gm: fx.GraphModule = make_fx(function, tracing_mode="fake")(*inputs)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
     return gm
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import networkx as nx
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, fx
 
 from memopt.row_lowering import lower_regions
 from memopt.row_nodes import is_seen_through, operands
-from memopt.row_select import ConvexClosure, choose_regions, latest, moved_bytes
+from memopt.row_select import Chooser, ConvexClosure, choose_regions, latest, moved_bytes
 from tests.row_functions import (
     Function,
     add_norm_quantise,
@@ -195,3 +196,32 @@ def test_nothing_moves_past_what_writes_to_its_input() -> None:
     assert [len(region.members) for region in choose_regions(gm.graph)] == [2, 4]
     assert lower_regions(gm) == 2
     assert torch.equal(gm(X.clone())[0], changing(X.clone())[0])
+
+
+@settings(max_examples=30)
+@given(row_functions(most=10), st.randoms(use_true_random=False))
+def test_what_a_neighbour_saves_is_the_difference_of_prices(
+    function: RowFunction, rng: Any
+) -> None:
+    gm = traced(function, function.inputs(torch.float32, (3, 4), 16))
+    nodes = [n for n in gm.graph.nodes if n.op == "call_function" and not is_seen_through(n)]
+    chooser = Chooser(nodes)
+    for _ in range(10):
+        node, *members = rng.sample(nodes, rng.randint(2, len(nodes)))
+        read = {s for n in members for s in operands(n)} - set(members)
+        expected = moved_bytes(members) + moved_bytes([node]) - moved_bytes([*members, node])
+        assert chooser.gain(node, set(members), read) == expected
+
+
+def test_the_backward_of_a_norm_is_one_region_with_the_sum_that_follows() -> None:
+    """As autograd writes it: with conversions that name a device, and powers of one."""
+
+    def backward(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        x = x.detach().requires_grad_()
+        z = x.float()
+        y = (z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * weight
+        return (torch.autograd.grad(y, x, grad)[0] + grad,)
+
+    inputs = tuple(t.bfloat16() for t in (X, W, Y))
+    region = lowered(backward, inputs)
+    assert region.ideal_bytes == sum(t.nbytes for t in (*inputs, X.bfloat16()))
