@@ -12,8 +12,8 @@ FUSING = ("fuse_norms", "fuse_gates", "fuse_rotary")
 def planned(passes: dict[str, Any]) -> GraphRecord:
     """The plan without a budget, of the proportions of a Llama of 8 billion parameters."""
     recipe = hugging_face.llama(2, 512, 128, 448, 8, 2, batch=1, length=256)
-    model, inputs = recipe.build(), recipe.inputs(0)
-    options = {"passes": {"chunk_losses": False, **passes}}
+    model, inputs = recipe.build(), dict[str, Any](recipe.inputs(0))
+    options: dict[str, Any] = {"passes": {"chunk_losses": False, **passes}}
     (graph,) = memopt.explain(model, options=options, **inputs).graphs
     return graph
 
