@@ -168,7 +168,8 @@ def _coverage(arguments: argparse.Namespace) -> int:
         return 2
     old = load(arguments.out)["rows"] if arguments.out.exists() else []
     rows = {own["family"]: own for own in old}
-    head = header(0, "cpu")
+    # Rows come from several runs, where one was cut short or named some families.
+    head = header(0, "cpu") | {"command": "python -m bench coverage"}
     for family in CAUSAL_LMS:
         if family.name in names:
             rows[family.name] = own = row(family)

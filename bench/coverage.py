@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, fx, nn
+from torch._dynamo.eval_frame import skip_code
 
 from bench.zoo.families import Family
 from bench.zoo.model import Inputs
@@ -30,6 +31,7 @@ _PASSES = {"fuse_norms": "norm", "fuse_gates": "gate", "fuse_rotary": "rotary"}
 _NORM = re.compile(r"(RMS|Layer|L2|Scale)?Norm(?!al)")
 _OTHER_NORM = re.compile(r"Batch|Group|Instance|Weight|Cumulative|Local")
 _ROTARY = re.compile(r"^_?(apply_\w*(rotary|rope)\w*)$")
+_IN_EAGER = "called outside of any graph, in code that Dynamo does not trace"
 _GATED = (("gate_proj", "up_proj"), ("wi_0", "wi_1"), ("w1", "w3"), ("gate_up_proj",))
 
 
@@ -64,9 +66,14 @@ def measure(family: Family) -> dict[str, Coverage]:
         Exception: what building or running the model raises.
     """
     module, inputs = family.make()
-    counted, classes = count(module, inputs)
+    counted = count(module, inputs)
     found = {name: Coverage(counted[name]) for name in OPERATORS}
-    for operator, kind, reason in _said(module, inputs, classes):
+    left = Counter[str]()
+    with _counted(module, left):
+        said = _said(module, inputs)
+    for operator, number in left.items():
+        found[operator].declined[_IN_EAGER] += number
+    for operator, kind, reason in said:
         own = found[operator]
         if kind is RemarkKind.APPLIED:
             own.matched += 1
@@ -86,33 +93,44 @@ def row(family: Family) -> dict[str, Any]:
         return own | {"status": f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"}
 
 
-def count(module: nn.Module, inputs: Inputs) -> tuple[Counter[str], dict[str, set[type]]]:
-    """How often one forward runs each operator, and the classes of its modules.
+def count(module: nn.Module, inputs: Inputs) -> Counter[str]:
+    """How often one forward in eager runs each operator.
 
     A norm is a module whose class is called one and that has no module inside; a gate a module
     with the two layers of one, or both in one; a rotary embedding a tensor that a function of
     that name returns.
     """
-    seen, classes = Counter[str](), {"norm": set[type](), "gate": set[type]()}
-    handles = []
-    for part in module.modules():
-        for operator, is_one in (("norm", is_norm), ("gate", is_gate)):
-            if is_one(part):
-                classes[operator].add(type(part))
-                hook = _counter(seen, operator)
-                handles.append(part.register_forward_hook(hook))
-    with _counted_calls(module, seen):
+    seen = Counter[str]()
+    with _counted(module, seen):
         module(**inputs)
-    for handle in handles:
-        handle.remove()
-    return seen, classes
+    return seen
 
 
-def _counter(seen: Counter[str], operator: str) -> Callable[..., None]:
-    def hook(*_: Any) -> None:
-        seen[operator] += 1
+@contextlib.contextmanager
+def _counted(module: nn.Module, seen: Counter[str]) -> Iterator[None]:
+    """Count what runs in eager, and nothing that runs in a graph."""
 
-    return hook
+    def hook_of(operator: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            if not torch.compiler.is_compiling():
+                seen[operator] += 1
+
+        skip_code(hook.__code__)  # as a frame of its own it would be compiled, and say that it is
+        return hook
+
+    tests = {"norm": is_norm, "gate": is_gate}
+    hooks = [
+        part.register_forward_hook(hook_of(operator))
+        for part in module.modules()
+        for operator, is_one in tests.items()
+        if is_one(part)
+    ]
+    try:
+        with _counted_calls(module, seen):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -141,6 +159,8 @@ def _counted_calls(module: nn.Module, seen: Counter[str]) -> Iterator[None]:
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal depth
+            if torch.compiler.is_compiling():
+                return function(*args, **kwargs)
             depth += 1
             result = function(*args, **kwargs)
             depth -= 1
@@ -148,6 +168,7 @@ def _counted_calls(module: nn.Module, seen: Counter[str]) -> Iterator[None]:
                 seen["rotary"] += 1 if isinstance(result, Tensor) else len(result)
             return result
 
+        skip_code(call.__code__)
         return call
 
     for file, name, function in known:
@@ -162,8 +183,12 @@ def _counted_calls(module: nn.Module, seen: Counter[str]) -> Iterator[None]:
 Said = tuple[str, RemarkKind, str]
 
 
-def _said(module: nn.Module, inputs: Inputs, classes: dict[str, set[type]]) -> list[Said]:
+def _said(module: nn.Module, inputs: Inputs) -> list[Said]:
     """What the passes say of the graphs that one forward runs, as often as it runs them."""
+    classes = {
+        "norm": {type(part) for part in module.modules() if is_norm(part)},
+        "gate": {type(part) for part in module.modules() if is_gate(part)},
+    }
     passes: dict[str, object] = {name: {"cpu": True} for name in _PASSES}
     config = read_options({"strict": True, "passes": passes})
     said: list[Said] = []

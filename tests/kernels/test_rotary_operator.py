@@ -201,7 +201,6 @@ def test_a_table_that_is_trained_is_refused(name: str) -> None:
         {"rotary_dim": 10},
         {"rotary_dim": 0},
     ],
-    ids=str,
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any]) -> None:
     cos, sin = tables()
