@@ -153,8 +153,10 @@ def test_inference_is_served_too() -> None:
     assert fused.rewrites == 1
 
 
-def test_the_cpu_is_left_alone_by_default() -> None:
-    report = memopt.explain(two_layers(silu), *draw(), options={"lowering": "eager"})
+def test_the_cpu_is_left_alone_unless_it_is_named() -> None:
+    report = memopt.explain(
+        two_layers(silu), *draw(), options={"lowering": "eager", "passes": {"fuse_gates": True}}
+    )
     (graph,) = report.graphs
     assert graph.rewrites["fuse_gates"] == 0
     assert not [r for r in graph.remarks if r.pass_name == "fuse_gates"]

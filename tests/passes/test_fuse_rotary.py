@@ -235,8 +235,10 @@ def test_inference_is_served_too() -> None:
     assert fused.rewrites == 2
 
 
-def test_the_cpu_is_left_alone_by_default() -> None:
-    report = memopt.explain(attention(turned), *draw(), options={"lowering": "eager"})
+def test_the_cpu_is_left_alone_unless_it_is_named() -> None:
+    report = memopt.explain(
+        attention(turned), *draw(), options={"lowering": "eager", "passes": {"fuse_rotary": True}}
+    )
     (graph,) = report.graphs
     assert graph.rewrites["fuse_rotary"] == 0
     assert not [r for r in graph.remarks if r.pass_name == "fuse_rotary"]
