@@ -69,6 +69,14 @@ def double_chunks(joint: JointGraph, fits: Callable[[], bool], *, on_cpu: bool) 
             rows = min(2 * rows, most)
 
 
+def highest_in_chunks(joint: JointGraph, candidate: Candidate) -> int:
+    """The most bytes alive while a chunked operator runs."""
+    schedule, live = candidate.liveness.schedule, candidate.liveness.live_bytes
+    order = (*schedule.forward, *schedule.backward)
+    own = (b for i, b in zip(order, live, strict=True) if _place(joint.nodes[i]) is not None)
+    return max(own, default=0)
+
+
 def _all_rows(node: fx.Node) -> int:
     """Rows of a chunked operator's first input, as many as tracing saw."""
     rows: int = size_hint(node.args[0].meta["val"].shape[0])  # type: ignore[union-attr]

@@ -19,7 +19,13 @@ from memopt._torch import (
     has_recomputable_ops,
     trace_structured,
 )
-from memopt.chunking import chunk_rows, double_chunks, halve_chunks, set_chunk_rows
+from memopt.chunking import (
+    chunk_rows,
+    double_chunks,
+    halve_chunks,
+    highest_in_chunks,
+    set_chunk_rows,
+)
 from memopt.config import Config
 from memopt.cost import CostModel
 from memopt.device import DEVICES, DeviceSpec, device_spec, spec_for_product
@@ -117,16 +123,19 @@ class Splitter:
         return replace(best, seconds=time.perf_counter() - start)
 
     def _with_larger_chunks(self, joint: JointGraph, outcome: Outcome) -> Outcome:
-        """The same plan with as few chunks as its budget allows or, with none, its peak."""
-        aim = self._aim(outcome.limit_bytes)
-        if aim is None:
-            aim = outcome.chosen.peak_bytes
+        """The same plan with as few chunks as its budget allows.
+
+        With none they stay as far below its peak as they would below a budget.
+        """
+        peak = outcome.chosen.peak_bytes
+        aim, below = self._aim(outcome.limit_bytes) or peak, self._aim(peak) or peak
         grown = [outcome]
 
         def fits() -> bool:
             problem = Problem(joint, outcome.problem.cost)
             chosen = problem.evaluate(outcome.chosen.saved, outcome.chosen.origin)
-            if chosen.peak_bytes > aim:
+            free = outcome.limit_bytes is not None or highest_in_chunks(joint, chosen) <= below
+            if chosen.peak_bytes > aim or not free:
                 return False
             grown.append(replace(outcome, problem=problem, chosen=chosen))
             return True

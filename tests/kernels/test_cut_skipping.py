@@ -54,7 +54,7 @@ def test_skipping_is_off_by_no_more_than_what_is_skipped_and_saves_reading(
     share = [float(o.norm() / e.float().norm()) for o, e in zip(off, exact[2:], strict=True)]
     record_property("relative error of the gradients", share)
     moved, all_moved = (
-        sum(a.l2_bytes for a in one if a.kernel == "product_kernel")
+        sum(a.l2_bytes for a in one if a.name == "product_kernel")
         for one in (launches, exact_launches)
     )
     assert moved < all_moved

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from memopt._torch import FakeTensorMode
-from memopt.kernels import chunks, cross_entropy_rows, linear_cross_entropy, triton_rows
+from memopt.kernels import chunks, cross_entropy_rows, linear_cross_entropy, serving, triton_rows
 from memopt.kernels.chunks import run_rows
 from memopt.kernels.head import Head
 from memopt.kernels.rows import IndexTargets, RowLoss, SoftTargets
@@ -115,7 +115,7 @@ def test_it_runs_where_it_can(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(chunks, "_triton_is_installed", lambda: installed)
+    monkeypatch.setattr(serving, "_triton_is_installed", lambda: installed)
     with FakeTensorMode():
         x = torch.empty(1, dtype=dtype, device="cuda")
     assert chunks.has_row_kernel(loss, x) is expected
