@@ -20,6 +20,7 @@ from torch import fx
 
 from memopt.emit import emit, same_shape, shape_of, traced
 from memopt.kernels.norm import MOST_WIDTH, NORM
+from memopt.passes.arithmetic import Inverse, Product, Sum, difference, quotient, squared
 from memopt.passes.fusing import (
     Family,
     Found,
@@ -37,19 +38,13 @@ from memopt.passes.patterns import (
     POWERS,
     Call,
     Either,
-    Inverse,
     Literal,
     Maybe,
     Number,
     Pattern,
-    Product,
-    Sum,
     Value,
     Where,
     call,
-    difference,
-    quotient,
-    squared,
 )
 from memopt.passes.row_losses import arguments
 from memopt.pipeline import PassContext
