@@ -41,7 +41,7 @@ def gradients(value: Tensor, inputs: Inputs) -> list[Tensor | None]:
     """Of all that is trained; None where the value does not depend on it."""
     for tensor in inputs.trained:
         tensor.grad = None
-    value.backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(value)
     return [None if t.grad is None else t.grad.clone() for t in inputs.trained]
 
 
