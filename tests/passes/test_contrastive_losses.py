@@ -263,7 +263,11 @@ def test_returned_similarities_stay_whole_or_are_none_where_that_is_asked_for() 
     assert own(inputs)[1:] == (None, None)
     (record,) = records
     assert record.rewrites["chunk_losses"] == 1
-    actual, expected = (run(lambda i, f=f: f(i)[0], inputs) for f in (own, Clip()))
+
+    def loss_of(function: Function) -> Function:
+        return lambda i: function(i)[0]
+
+    actual, expected = (run(loss_of(f), inputs) for f in (own, Clip()))
     torch.testing.assert_close(actual[0], expected[0], rtol=1e-12, atol=1e-12)
     assert_close(actual, expected)
 
