@@ -79,7 +79,7 @@ def highest_in_chunks(joint: JointGraph, candidate: Candidate) -> int:
 
 def _all_rows(node: fx.Node) -> int:
     """Rows of a chunked operator's first input, as many as tracing saw."""
-    rows: int = size_hint(node.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
+    rows: int = size_hint(node.all_input_nodes[0].meta["val"].shape[0])
     return rows
 
 

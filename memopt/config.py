@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Literal
+from typing import Any, Literal
 
 from memopt.budget import Budget, as_float
 from memopt.errors import ConfigError
@@ -112,8 +112,8 @@ class Config:
             raise ConfigError(
                 f"mode={mode!r} and option 'mode' = {given['mode']!r} disagree; give one of them"
             )
-        values = {name: _PARSERS[name](name, value) for name, value in given.items()}
-        config = cls(**values)  # type: ignore[arg-type]
+        values: dict[str, Any] = {name: _PARSERS[name](name, v) for name, v in given.items()}
+        config = cls(**values)
         if known_passes is not None:
             _check_passes(config.passes, known_passes)
         return config

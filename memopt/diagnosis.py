@@ -1,6 +1,7 @@
 """Did it fit, and if not, why: the words that the user reads."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from memopt.errors import BudgetInfeasibleError
 from memopt.graph import source_line
@@ -105,7 +106,7 @@ def make_record(split: Splitter, proof: Proof) -> GraphRecord:
     ctx, emitted = split.ctx, proof.emitted
     if isinstance(proof.certificate, str):
         ctx.remark("backend", RemarkKind.MISSED, f"not certified: {proof.certificate}")
-    shared = {
+    shared: dict[str, Any] = {
         "id": "graph",
         "lowering": split.config.lowering,
         "budget": str(split.config.memory_budget),
@@ -117,7 +118,7 @@ def make_record(split: Splitter, proof: Proof) -> GraphRecord:
     if not split.outcomes:
         peak = emitted.peak_bytes if emitted else 0
         return GraphRecord(
-            **shared,  # type: ignore[arg-type]
+            **shared,
             training=False,
             baseline_peak_bytes=peak,
             predicted_peak_bytes=peak,
@@ -136,7 +137,7 @@ def make_record(split: Splitter, proof: Proof) -> GraphRecord:
     _say_what_is_random(split, outcome)
     shared["remarks"] = tuple(ctx.remarks)
     return GraphRecord(
-        **shared,  # type: ignore[arg-type]
+        **shared,
         training=True,
         baseline_peak_bytes=search.everything_kept.peak_bytes,
         predicted_peak_bytes=emitted.peak_bytes if emitted else chosen.peak_bytes,

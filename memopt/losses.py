@@ -54,7 +54,7 @@ def linear_cross_entropy(
     Args:
         hidden: `(..., H)`.
         weight: `(V, H)`, in the dtype of ``hidden``.
-        target: classes `(...)`, int64, or distributions `(..., V)`, floating point.
+        target: classes `(...)`, int64 or uint8, or distributions `(..., V)`, floating point.
         bias: `(V,)`.
         class_weight: weight of each class, `(V,)`.
         reduction: ``"mean"`` over the rows that count, by the weights of their classes; ``"sum"``;
@@ -109,7 +109,7 @@ def linear_log_probs(
     Args:
         hidden: `(..., H)`.
         weight: `(V, H)`, in the dtype of ``hidden``.
-        target: classes `(...)`, int64.
+        target: classes `(...)`, int64 or uint8.
         bias: `(V,)`.
         temperature: divides the logits.
         ignore_index: rows with this class get 0.
@@ -169,7 +169,7 @@ def linear_kl_div(
         teacher_weight: `(V, H')`, in the dtype of ``teacher_hidden``.
         bias: the student's, `(V,)`.
         teacher_bias: `(V,)`.
-        target: `(...)`, int64, read only to leave out rows with ``ignore_index``.
+        target: `(...)`, int64 or uint8, read only to leave out rows with ``ignore_index``.
         reverse: swap the two distributions.
         temperature: divides both logits.
         reduction: ``"batchmean"``, over the rows that count; ``"mean"``, over these and all

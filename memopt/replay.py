@@ -8,6 +8,7 @@ import ast
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -76,9 +77,9 @@ class EmittedModule:
 
     def target_of_running_line(self) -> str:
         """The variable that the emitted line now running assigns."""
-        frame = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_code.co_filename != _FILE:
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         return self._targets.get(frame.f_lineno, "") if frame is not None else ""
 
 

@@ -53,7 +53,7 @@ def is_seen_through(node: fx.Node) -> bool:
 
 def is_part_of_moments(node: fx.Node) -> bool:
     """Whether the node is the variance or the mean of ``var_mean``."""
-    return node.target is operator.getitem and node.args[0].target is _MOMENTS  # type: ignore[union-attr]
+    return node.target is operator.getitem and node.all_input_nodes[0].target is _MOMENTS
 
 
 def operands(node: fx.Node) -> Iterator[fx.Node]:

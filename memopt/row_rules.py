@@ -113,7 +113,7 @@ def is_conversion(node: fx.Node) -> bool:
     """Whether the node changes the dtype and nothing else."""
     if node.target not in _CONVERSIONS:
         return False
-    value, source = node.meta["val"], node.args[0].meta["val"]  # type: ignore[union-attr]
+    value, source = node.meta["val"], node.all_input_nodes[0].meta["val"]
     told = {"dtype": value.dtype, "layout": source.layout, "device": source.device}
     return all(name in told and told[name] == given for name, given in node.kwargs.items())
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -66,10 +66,7 @@ class Splitter:
     ctx: PassContext
     held_bytes: int = 0
     margin_bytes: int | None = None
-    outcomes: list[Outcome] = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        self.outcomes = []
+    outcomes: list[Outcome] = field(default_factory=list, init=False)
 
     def __call__(
         self,

@@ -62,7 +62,7 @@ def _describe(leaf: Any) -> Any:
     return size_hint(leaf) if isinstance(leaf, torch.SymInt) else leaf
 
 
-class _Described(tuple):  # type: ignore[type-arg]
+class _Described(tuple[Any, ...]):
     """Shape, stride, dtype and device of a tensor argument."""
 
     __slots__ = ()

@@ -8,7 +8,7 @@ or a tensor that broadcasts to the shape of what they belong to.
 
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import fx
@@ -16,7 +16,7 @@ from torch import fx
 from memopt.emit import emit, extent, same_shape, shape_of, traced
 from memopt.passes.heads import loosely
 
-Coefficients = Union[float, fx.Node]  # noqa: UP007 (python 3.10 evaluates it)
+Coefficients = float | fx.Node
 
 
 def picks(node: fx.Node) -> bool:

@@ -9,7 +9,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Union
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -267,7 +267,7 @@ def divergence_of(node: fx.Node, known: Mapping[fx.Node, Terms]) -> Terms | None
     return divergence_terms(given, target, log_target=bool(a.get("log_target", False)))
 
 
-_Rule = Callable[[fx.Node, Mapping[fx.Node, Terms]], Union[Terms, None]]  # noqa: UP007
+_Rule = Callable[[fx.Node, Mapping[fx.Node, Terms]], Terms | None]
 _RULES: Mapping[Any, _Rule] = {
     target: rule
     for targets, rule in (

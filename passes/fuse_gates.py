@@ -19,6 +19,7 @@ from torch import fx
 from memopt.emit import emit, same_shape, shape_of, traced
 from memopt.kernels.gated import GATED
 from memopt.kernels.gated_packed import GATED_PACKED
+from memopt.passes.arithmetic import Product, Sum, squared
 from memopt.passes.fusing import Family, Found, FusePass, Rule, Written, as_result, widens
 from memopt.passes.halves import EVEN, FIRST, ODD, SECOND, part_of
 from memopt.passes.heads import loosely
@@ -31,13 +32,10 @@ from memopt.passes.patterns import (
     Maybe,
     Number,
     Pattern,
-    Product,
     Such,
-    Sum,
     Value,
     Where,
     call,
-    squared,
 )
 from memopt.passes.steps import cast_of, name_of
 

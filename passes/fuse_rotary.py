@@ -19,6 +19,7 @@ from torch import fx
 
 from memopt.emit import emit, same_shape, shape_of, traced
 from memopt.kernels.rotary import ROTARY
+from memopt.passes.arithmetic import Product, Sum, difference, negated
 from memopt.passes.fusing import (
     Family,
     Found,
@@ -36,13 +37,9 @@ from memopt.passes.patterns import (
     Call,
     Items,
     Pattern,
-    Product,
-    Sum,
     Value,
     Where,
     call,
-    difference,
-    negated,
 )
 from memopt.passes.rotary_pairs import pair_up
 from memopt.passes.row_losses import arguments

@@ -7,7 +7,7 @@ A rule takes the coefficients of a step's result to those of its input; see
 import operator
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import fx
@@ -240,7 +240,7 @@ def _totalled(node: fx.Node, before: fx.Node) -> Transpose | None:
     return transpose
 
 
-_RULES: Mapping[Any, Callable[[fx.Node, fx.Node], Union[Transpose, None]]] = {  # noqa: UP007
+_RULES: Mapping[Any, Callable[[fx.Node, fx.Node], Transpose | None]] = {
     target: rule
     for targets, rule in (
         (_CASTS, _same),

@@ -1,15 +1,12 @@
 """What an operator looks like in a Dynamo graph, spelled out as a value.
 
 A pattern finds itself in a value, an argument of a node, and yields every way in which it can,
-with what its names stand for. A product of three finds itself in any order and any brackets, a
-quotient counts as a product, and casts between the usual floating-point dtypes are looked through.
+with what its names stand for. Casts between the usual floating-point dtypes are looked through.
 In-place forms are no part of any pattern.
 
-Source: after tinygrad's ``UPat``, and the associative matchers of term rewriting (Baader and
-Nipkow, "Term Rewriting and All That", 1998).
+Source: after tinygrad's ``UPat``.
 """
 
-import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +26,6 @@ ADDITIONS = frozenset({operator.add, torch.add, "add"})
 SUBTRACTIONS = frozenset({operator.sub, torch.sub, "sub"})
 POWERS = frozenset({operator.pow, torch.pow, "pow"})
 SQUARES = frozenset({torch.square, "square"})
-_NEGATIONS = frozenset({operator.neg, torch.neg, "neg"})
 _CLOSE = 1e-8  # relative; constants are written with ten digits or more
 
 
@@ -167,7 +163,7 @@ class Items:
 
     def find(self, value: Any, match: Match) -> Iterator[Match]:
         if isinstance(value, (tuple, list)) and len(value) == len(self.patterns):
-            yield from _each(list(zip(self.patterns, value, strict=True)), match)
+            yield from find_each(list(zip(self.patterns, value, strict=True)), match)
 
 
 @dataclass(frozen=True)
@@ -209,7 +205,7 @@ class Call:
     where: Callable[[fx.Node], bool] = anything
 
     def find(self, value: Any, match: Match) -> Iterator[Match]:
-        node, match = _uncast(value, match)
+        node, match = uncast(value, match)
         if node is None or node.target not in self.targets or not self.where(node):
             return
         own = arguments(node, self.names)
@@ -217,7 +213,7 @@ class Call:
         if any(own[name] is not None for name in own.keys() - expected.keys()):
             return
         pairs = [(pattern, own.get(name)) for name, pattern in expected.items()]
-        yield from _each(pairs, match.taking(node))
+        yield from find_each(pairs, match.taking(node))
 
 
 def call(
@@ -230,134 +226,17 @@ def call(
     return Call(targets, names, tuple(given.items()), where)
 
 
-@dataclass(frozen=True)
-class Inverse:
-    """A factor that may also be spelled as a division.
-
-    Attributes:
-        factor: the factor.
-        divisor: what is divided by in its place.
-    """
-
-    factor: Pattern
-    divisor: Pattern
-
-    def find(self, value: Any, match: Match) -> Iterator[Match]:
-        yield from self.factor.find(value, match)
-
-
-@dataclass(frozen=True)
-class Product:
-    """Two or more factors, in any order and any brackets."""
-
-    factors: tuple[Pattern, ...]
-
-    def find(self, value: Any, match: Match) -> Iterator[Match]:
-        yield from _product(self.factors, value, match)
-
-
-def _product(factors: tuple[Pattern, ...], value: Any, match: Match) -> Iterator[Match]:
-    if len(factors) == 1:
-        yield from factors[0].find(value, match)
-        return
-    node, match = _uncast(value, match)
-    pair = _pair(node)
-    if node is None or pair is None:
-        return
-    left, right = pair
-    match = match.taking(node)
-    if node.target in PRODUCTS:
-        for some, others in _splits(factors):
-            for found in _product(some, left, match):
-                yield from _product(others, right, found)
-    if node.target in QUOTIENTS:
-        for divisor, others in _divisors(factors):
-            for found in divisor.find(right, match):
-                yield from _product(others, left, found)
-
-
-def _divisors(
-    factors: tuple[Pattern, ...],
-) -> Iterator[tuple[Pattern, tuple[Pattern, ...]]]:
-    """What a product may be divided by in place of one of its factors, with the others."""
-    for i, factor in enumerate(factors):
-        others = factors[:i] + factors[i + 1 :]
-        if isinstance(factor, Inverse):
-            yield factor.divisor, others
-        elif isinstance(factor, Number) and not isinstance(factor.is_, str):
-            yield Number(1 / factor.is_), others
-
-
-@dataclass(frozen=True)
-class Sum:
-    """Two terms, in either order."""
-
-    first: Pattern
-    second: Pattern
-
-    def find(self, value: Any, match: Match) -> Iterator[Match]:
-        node, match = _uncast(value, match)
-        pair = _pair(node)
-        if node is None or pair is None or node.target not in ADDITIONS:
-            return
-        for left, right in (pair, pair[::-1]):
-            yield from _each([(self.first, left), (self.second, right)], match.taking(node))
-
-
-@dataclass(frozen=True)
-class Ordered:
-    """Two arguments of an operator that tells them apart.
-
-    Attributes:
-        targets: the spellings of the operator.
-        first: its first argument.
-        second: its second.
-    """
-
-    targets: frozenset[Any]
-    first: Pattern
-    second: Pattern
-
-    def find(self, value: Any, match: Match) -> Iterator[Match]:
-        node, match = _uncast(value, match)
-        pair = _pair(node)
-        if node is not None and pair is not None and node.target in self.targets:
-            pairs = [(self.first, pair[0]), (self.second, pair[1])]
-            yield from _each(pairs, match.taking(node))
-
-
-def difference(first: Pattern, second: Pattern) -> Pattern:
-    """``first - second``."""
-    return Ordered(SUBTRACTIONS, first, second)
-
-
-def quotient(first: Pattern, second: Pattern) -> Pattern:
-    """``first / second``."""
-    return Ordered(QUOTIENTS, first, second)
-
-
-def squared(pattern: Pattern) -> Pattern:
-    """``v * v``, which may be spelled as a power."""
-    power = call(POWERS, "input exponent", input=pattern, exponent=Number(2))
-    plain = call(SQUARES, "input", input=pattern)
-    return Either((power, plain, Product((pattern, pattern))))
-
-
-def negated(pattern: Pattern) -> Pattern:
-    """``-v``."""
-    return Either((call(_NEGATIONS, "input", input=pattern), Product((pattern, Number(-1.0)))))
-
-
-def _each(pairs: list[tuple[Pattern, Any]], match: Match) -> Iterator[Match]:
+def find_each(pairs: list[tuple[Pattern, Any]], match: Match) -> Iterator[Match]:
+    """Every way in which all of some patterns find themselves, each in its own value."""
     if not pairs:
         yield match
         return
     (pattern, value), *others = pairs
     for found in pattern.find(value, match):
-        yield from _each(others, found)
+        yield from find_each(others, found)
 
 
-def _uncast(value: Any, match: Match) -> tuple[fx.Node | None, Match]:
+def uncast(value: Any, match: Match) -> tuple[fx.Node | None, Match]:
     """The node whose value was cast, once or more often; the casts are inner nodes."""
     if not isinstance(value, fx.Node):
         return None, match
@@ -366,22 +245,3 @@ def _uncast(value: Any, match: Match) -> tuple[fx.Node | None, Match]:
         casts.append(value)
         value = source
     return value, match.taking(*casts)
-
-
-def _pair(node: fx.Node | None) -> tuple[Any, Any] | None:
-    """The two arguments of a node that has no others."""
-    if node is None or len(node.args) != 2 or node.kwargs:
-        return None
-    left, right = node.args
-    return left, right
-
-
-def _splits(
-    factors: tuple[Pattern, ...],
-) -> Iterator[tuple[tuple[Pattern, ...], tuple[Pattern, ...]]]:
-    """Every way to give some factors to the left side and the others to the right side."""
-    places = range(len(factors))
-    for count in range(1, len(factors)):
-        for chosen in itertools.combinations(places, count):
-            left = tuple(factors[i] for i in chosen)
-            yield left, tuple(factors[i] for i in places if i not in chosen)

@@ -8,7 +8,6 @@ logarithms of such polynomials are given where they are polynomials again.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Union
 
 from torch import fx
 
@@ -42,7 +41,7 @@ class Mixture:
     shares: frozenset[tuple[Softmax, float]]
 
 
-Distribution = Union[Softmax, Mixture]  # noqa: UP007 (python 3.10 evaluates it)
+Distribution = Softmax | Mixture
 # The product of a distribution's probability and a distribution's log-probability; either may
 # be missing.
 Monomial = tuple[Distribution | None, Distribution | None]

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from memopt.kernels.rows import BlockLoss
 
 Tensor = torch.Tensor
+Inputs = Sequence[Tensor | None]
+Draw = tuple[Callable[..., Tensor], Callable[..., Tensor], Inputs]
 LOW_PRECISION = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -62,6 +64,10 @@ def assert_equal_in_float64(actual: Sequence[Tensor], expected: Sequence[Tensor]
         torch.testing.assert_close(mine, plain, rtol=1e-12, atol=1e-12)
 
 
+def assert_same_bits(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def assert_gradient_is_that_of_the_values(loss: BlockLoss, z: Tensor, *, normaliser: bool) -> None:
     """A row loss's own gradient is what autograd makes of its values.
 
@@ -83,7 +89,7 @@ def assert_gradient_is_that_of_the_values(loss: BlockLoss, z: Tensor, *, normali
 
 def run(
     function: Callable[..., Tensor],
-    inputs: Sequence[Tensor | None],
+    inputs: Inputs,
     upstream: Tensor | float = 1.0,
     trained: Sequence[bool] | None = None,
 ) -> list[Tensor]:
@@ -108,7 +114,29 @@ def run(
     return [result.detach(), *gradients]
 
 
-def doubles(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+def assert_near_float64(
+    draw: Callable[[], Draw],
+    upstream: Tensor | float = 1.0,
+    draws: int = 5,
+) -> None:
+    """Results and gradients are as near to those in float64 as plain code's, of the same dtypes.
+
+    Args:
+        draw: makes a function, plain code for it and inputs for both.
+        upstream: gradient of the result.
+        draws: how many.
+    """
+
+    def sides() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        mine, plain, inputs = draw()
+        actual, expected = (run(function, inputs, upstream) for function in (mine, plain))
+        assert [t.dtype for t in actual] == [t.dtype for t in expected]
+        return actual, run(plain, doubles(inputs), upstream), expected
+
+    assert_draws_within_reference_error(sides, draws)
+
+
+def doubles(inputs: Inputs) -> list[Tensor | None]:
     """The same numbers in float64."""
     return [None if tensor is None else tensor.double() for tensor in inputs]
 

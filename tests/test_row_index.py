@@ -1,6 +1,7 @@
 """Digits of a mixed radix name the entries that PyTorch's own views name."""
 
 import math
+from random import Random
 
 import pytest
 import sympy
@@ -67,10 +68,10 @@ def test_a_shape_of_rows_is_in_order(rows: list[int], columns: list[int]) -> Non
 
 
 @given(factors(ROWS), factors(WIDTH), st.randoms(use_true_random=False))
-def test_strides_are_followed(rows: list[int], columns: list[int], rng: object) -> None:
+def test_strides_are_followed(rows: list[int], columns: list[int], rng: Random) -> None:
     shape = rows + columns
     order = list(range(len(shape)))
-    rng.shuffle(order)  # type: ignore[attr-defined]
+    rng.shuffle(order)
     x = torch.arange(ROWS * WIDTH).reshape([shape[i] for i in order])
     x = x.permute([order.index(i) for i in range(len(shape))])
     assert reached(Offset.of(SPACE.index(shape), x.stride())) == expected(x)

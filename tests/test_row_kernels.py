@@ -80,14 +80,14 @@ def spec_of(function: Function, sample: Sequence[Tensor]) -> KernelSpec:
     def run(*args: Tensor) -> tuple[Tensor, ...]:
         return returned(region, launch(read(region, args), region.kernel))
 
-    def samples(dtype: torch.dtype) -> Iterator[Sequence[Tensor]]:
-        yield sample
+    def samples(dtype: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
+        yield tuple(sample)
 
     return KernelSpec(
         name="memopt::region",
         plain=function,
         launch=run,
-        samples=samples,  # type: ignore[arg-type]
+        samples=samples,
         l2_share=1.5,
         source="memopt",
     )

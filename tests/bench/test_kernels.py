@@ -86,7 +86,10 @@ def test_liger_computes_the_same(name: str) -> None:
 
 def test_a_library_that_is_not_installed_is_a_skipped_row(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
-    without = lambda name: None if name == "liger_kernel" else found(name)  # noqa: E731
+
+    def without(name: str) -> Any:
+        return None if name == "liger_kernel" else found(name)
+
     monkeypatch.setattr(importlib.util, "find_spec", without)
     monkeypatch.setattr(ahead, "TARGETS", ())
     liger = [r for r in rows_of_the_first_norm() if r["peer"] == "liger"]

@@ -131,7 +131,3 @@ def assert_near_float64(draw: Callable[[], Case], draws: int = 3, **options: Any
         return case.cut(**options), case.double.chunked(), case.chunked()
 
     assert_draws_within_reference_error(results, draws)
-
-
-def assert_same_bits(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -16,9 +16,10 @@ from memopt.kernels.contrastive import Arguments, scratch_bytes
 from tests import references
 from tests.references import (
     LOW_PRECISION,
-    assert_draws_within_reference_error,
+    Draw,
     assert_equal_in_float64,
-    doubles,
+    assert_near_float64,
+    assert_same_bits,
     run,
 )
 from tests.scratch import scratch_of
@@ -99,14 +100,10 @@ def test_rows_and_columns_of_very_different_size_stay_exact() -> None:
 def test_low_precision_is_as_near_to_float64_as_eager_is(
     both: bool, dtype: torch.dtype, factor: float, scale: float
 ) -> None:
-    def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        inputs = pairs(192, size=32, scale=scale, dtype=dtype)
-        actual = run(mine(both, 32), inputs, factor)
-        assert [t.dtype for t in actual[1:]] == [dtype] * 3
-        exact = run(plain(both), doubles(inputs), factor)
-        return actual, exact, run(plain(both), inputs, factor)
+    def draw() -> Draw:
+        return mine(both, 32), plain(both), pairs(192, size=32, scale=scale, dtype=dtype)
 
-    assert_draws_within_reference_error(draw)
+    assert_near_float64(draw, factor)
 
 
 @BOTH
@@ -141,8 +138,7 @@ def test_a_scale_in_float32_goes_with_embeddings_in_bfloat16(both: bool) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_two_runs_are_equal_bit_by_bit(both: bool, dtype: torch.dtype) -> None:
     inputs = pairs(200, size=32, dtype=dtype)
-    first, second = (run(mine(both, 7), inputs) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert_same_bits(*(run(mine(both, 7), inputs) for _ in range(2)))
 
 
 @BOTH

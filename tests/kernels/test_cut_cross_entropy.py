@@ -12,8 +12,8 @@ from bench.triton.gate import Traffic, check
 from memopt.kernels import cut_launches
 from memopt.kernels.cut_launches import TILES
 from memopt.kernels.rows import IndexTargets
-from tests.kernels.cut_cases import FULL, OPTIONS, Case, assert_near_float64, assert_same_bits
-from tests.references import LOW_PRECISION
+from tests.kernels.cut_cases import FULL, OPTIONS, Case, assert_near_float64
+from tests.references import LOW_PRECISION, assert_same_bits
 
 Tensor = torch.Tensor
 

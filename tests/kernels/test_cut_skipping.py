@@ -11,7 +11,8 @@ pytest.importorskip("triton")
 
 from bench.triton.trace import trace
 from memopt.kernels import cut_cross_entropy as cut
-from tests.kernels.cut_cases import FULL, Case, assert_same_bits
+from tests.kernels.cut_cases import FULL, Case
+from tests.references import assert_same_bits
 
 Tensor = torch.Tensor
 

@@ -8,15 +8,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.meter import Meter
 from memopt.errors import DoubleBackwardError
 from memopt.kernels import divergence as kernel
 from memopt.kernels.divergence import Arguments
 from tests import references
+from tests.kernels.head_cases import Head, head, peak_bytes, wanted
 from tests.references import (
     LOW_PRECISION,
-    assert_draws_within_reference_error,
+    Draw,
     assert_equal_in_float64,
+    assert_near_float64,
+    assert_same_bits,
     doubles,
     logits,
     run,
@@ -32,8 +34,8 @@ BETAS = pytest.mark.parametrize("beta", [0.0, 1.0, 0.5, 0.1, 0.9])
 class Case:
     """Two heads; scales and bounds are the student's and the teacher's."""
 
-    inputs: tuple[Tensor, Tensor, Tensor | None]
-    teacher: tuple[Tensor, Tensor, Tensor | None]
+    inputs: Head
+    teacher: Head
     target: Tensor | None
     beta: float
     reduction: str = "batchmean"
@@ -59,7 +61,7 @@ class Case:
             self.scale,
             self.softcap,
             self.chunk_rows,
-            [t is not None and t.requires_grad for t in (x, weight, bias)],
+            wanted(x, weight, bias),
         )
 
     def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -85,17 +87,13 @@ def case(
     **options: Any,
 ) -> Case:
     """Random heads; with ``masked`` a third of the rows does not count."""
-
-    def head(size: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        x, weight = torch.randn(rows, size).to(dtype), torch.randn(classes, size).to(dtype)
-        return x, weight, torch.randn(classes).to(dtype) if bias else None
-
     target = None
     if masked:
         target = torch.randint(classes, (rows,))
         target[torch.rand(rows) < 0.3] = IGNORED
         target[0] = 0
-    return Case(head(hidden[0]), head(hidden[1]), target, beta, **options)
+    student, teacher = (head(rows, size, classes, dtype, bias=bias) for size in hidden)
+    return Case(student, teacher, target, beta, **options)
 
 
 @BETAS
@@ -150,13 +148,11 @@ def test_low_precision_is_as_near_to_float64_as_eager_is(
     if reduction == "sum":
         factor /= 160  # the mean by hand; else eager's float16 overflows
 
-    def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def draw() -> Draw:
         c = case(160, 259, beta=beta, dtype=dtype, reduction=reduction, **options)
-        actual, plain = run(c.mine, c.inputs, factor), run(c.plain, c.inputs, factor)
-        assert [t.dtype for t in actual] == [t.dtype for t in plain]
-        return actual, run(c.plain, doubles(c.inputs), factor), plain
+        return c.mine, c.plain, c.inputs
 
-    assert_draws_within_reference_error(draw, 20)
+    assert_near_float64(draw, factor, 20)
 
 
 @BETAS
@@ -203,8 +199,7 @@ def test_each_input_gets_its_gradient_while_others_are_frozen(
 @BETAS
 def test_two_runs_are_equal_bit_by_bit(beta: float) -> None:
     c = case(64, 501, beta=beta, dtype=torch.float32, chunk_rows=7)
-    first, second = (run(c.mine, c.inputs) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert_same_bits(*(run(c.mine, c.inputs) for _ in range(2)))
 
 
 def test_a_second_derivative_is_refused() -> None:
@@ -215,19 +210,11 @@ def test_a_second_derivative_is_refused() -> None:
         torch.autograd.grad(loss, x, create_graph=True)
 
 
-def peak_bytes(c: Case, trained: bool) -> int:
-    x, weight, bias = c.inputs
-    weight = weight.clone().requires_grad_(trained)
-    with Meter() as meter:
-        c.mine(x, weight, bias)
-    return meter.peak_bytes
-
-
 def test_neither_heads_logits_exist_and_without_gradients_there_is_no_buffer_for_them() -> None:
     c = case(1024, 2048, dtype=torch.float32, hidden=(128, 16), chunk_rows=8, masked=False)
     logits_bytes, weight_bytes = 1024 * 2048 * 4, c.inputs[1].nbytes
-    assert peak_bytes(c, trained=False) < weight_bytes
-    assert weight_bytes < peak_bytes(c, trained=True) < logits_bytes / 4
+    assert peak_bytes(c.mine, c.inputs, [False] * 3) < weight_bytes
+    assert weight_bytes < peak_bytes(c.mine, c.inputs, [False, True, False]) < logits_bytes / 4
 
 
 @BETAS
@@ -246,8 +233,7 @@ def rows_of(c: Case, *, cross: bool = False, given: bool = False) -> Any:
         a = a._replace(teacher_x=logits(*c.teacher), teacher_weight=None, teacher_bias=None)
 
     def values(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        wanted = [t is not None and t.requires_grad for t in (x, weight, bias)]
-        own = a._replace(x=x, weight=weight, bias=bias, wanted=wanted)
+        own = a._replace(x=x, weight=weight, bias=bias, wanted=wanted(x, weight, bias))
         result: Tensor = kernel.ROWS(*own)
         return result
 
@@ -307,21 +293,17 @@ def test_rows_of_the_cross_entropy_differ_by_the_teachers_entropy() -> None:
 def test_rows_in_low_precision_are_as_near_to_float64_as_eager_is(
     beta: float, dtype: torch.dtype
 ) -> None:
-    def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def draw() -> Draw:
         c = case(160, 259, beta=beta, dtype=dtype, hidden=(32, 48), scale=(0.5, 0.5), chunk_rows=8)
-        g = torch.linspace(-2, 3, 160, dtype=torch.float64)
-        actual, plain = run(rows_of(c), c.inputs, g), run(plain_rows(c), c.inputs, g)
-        assert [t.dtype for t in actual] == [t.dtype for t in plain]
-        return actual, run(plain_rows(c), doubles(c.inputs), g), plain
+        return rows_of(c), plain_rows(c), c.inputs
 
-    assert_draws_within_reference_error(draw)
+    assert_near_float64(draw, torch.linspace(-2, 3, 160, dtype=torch.float64))
 
 
 @BETAS
 def test_two_runs_over_rows_are_equal_bit_by_bit(beta: float) -> None:
     c = case(64, 501, beta=beta, dtype=torch.bfloat16, chunk_rows=7)
-    first, second = (run(rows_of(c), c.inputs) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert_same_bits(*(run(rows_of(c), c.inputs) for _ in range(2)))
 
 
 def test_with_all_rows_ignored_each_is_zero_and_so_are_the_gradients() -> None:

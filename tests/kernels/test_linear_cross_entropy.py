@@ -15,11 +15,13 @@ from memopt.errors import DoubleBackwardError
 from memopt.kernels import linear_cross_entropy as kernel
 from memopt.kernels.cross_entropy_rows import ROWS, ROWS_BACKWARD
 from memopt.kernels.linear_cross_entropy import Arguments
+from tests.kernels.head_cases import Head, head, peak_bytes, wanted
 from tests.references import (
     LOW_PRECISION,
-    assert_draws_within_reference_error,
+    Draw,
     assert_equal_in_float64,
-    doubles,
+    assert_near_float64,
+    assert_same_bits,
     logits,
     run,
 )
@@ -33,7 +35,7 @@ IGNORED = -100
 class Case:
     """A head, its targets and the options of the loss; ``chunk_rows`` is the operator's alone."""
 
-    inputs: tuple[Tensor, Tensor, Tensor | None]
+    inputs: Head
     target: Tensor
     class_weight: Tensor | None = None
     label_smoothing: float = 0.0
@@ -78,7 +80,7 @@ class Case:
             self.scale,
             self.softcap,
             self.chunk_rows,
-            [t is not None and t.requires_grad for t in (x, weight, bias)],
+            wanted(x, weight, bias),
         )
 
 
@@ -99,11 +101,7 @@ def case(
     target[torch.rand(rows) < ignored] = IGNORED
     if soft:
         target = torch.randn(rows, classes, dtype=torch.float64).softmax(1).to(dtype)
-    inputs = (
-        torch.randn(rows, hidden).to(dtype),
-        torch.randn(classes, hidden).to(dtype),
-        torch.randn(classes).to(dtype) if bias else None,
-    )
+    inputs = head(rows, hidden, classes, dtype, bias=bias)
     class_weight = torch.rand(classes).to(dtype) if weighted else None
     return Case(inputs, target, class_weight, **options)
 
@@ -175,14 +173,11 @@ def test_low_precision_is_as_near_to_float64_as_eager_is(
     if reduction != "mean":
         factor /= 160  # the mean by hand; else eager's float16 overflows
 
-    def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def draw() -> Draw:
         c = case(160, 32, 259, dtype=dtype, chunk_rows=chunk_rows)
-        actual = run(c.mine(reduction), c.inputs, factor)
-        plain = run(c.plain(reduction), c.inputs, factor)
-        assert [t.dtype for t in actual] == [t.dtype for t in plain]
-        return actual, run(c.plain(reduction), doubles(c.inputs), factor), plain
+        return c.mine(reduction), c.plain(reduction), c.inputs
 
-    assert_draws_within_reference_error(draw)
+    assert_near_float64(draw, factor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *LOW_PRECISION], ids=str)
@@ -232,7 +227,8 @@ def test_log_sum_exps_carry_gradients_too() -> None:
 
     def mine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         values, lse = torch.ops.memopt.linear_cross_entropy_rows(*c.arguments(x, weight, bias))
-        return (values * g).sum() + (lse * h).sum()  # type: ignore[no-any-return]
+        total: Tensor = (values * g).sum() + (lse * h).sum()
+        return total
 
     def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         lse = logits(x, weight, bias).logsumexp(1)
@@ -263,8 +259,7 @@ def test_a_label_out_of_range_fails_with_eager_words(reduction: str, wrong: int)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_two_runs_are_equal_bit_by_bit(reduction: str, dtype: torch.dtype) -> None:
     c = case(64, 32, 501, dtype=dtype, chunk_rows=7)
-    first, second = (run(c.mine(reduction), c.inputs) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert_same_bits(*(run(c.mine(reduction), c.inputs) for _ in range(2)))
 
 
 def trained_loss(reduction: str) -> tuple[Tensor, Tensor]:
@@ -289,26 +284,19 @@ def test_a_kept_graph_gives_the_same_gradients_twice(reduction: str) -> None:
     assert torch.equal(first, second)
 
 
-def peak_bytes(c: Case, trained: tuple[bool, ...], reduction: str = "mean") -> int:
-    """Of the forward alone."""
-    leaves = [
-        None if t is None else t.clone().requires_grad_(on)
-        for t, on in zip(c.inputs, trained, strict=True)
-    ]
-    with Meter() as meter:
-        c.mine(reduction)(*leaves)
-    return meter.peak_bytes
-
-
 def test_buffers_are_made_for_the_gradients_that_are_wanted_and_no_others() -> None:
     c = case(512, 64, 1024, dtype=torch.float32, chunk_rows=8, ignored=0.0)
     x, weight, _ = c.inputs
     x_bytes, weight_bytes = x.nbytes, weight.nbytes
-    nothing = peak_bytes(c, (False, False, False))
+
+    def peak(*trained: bool, reduction: str = "mean") -> int:
+        return peak_bytes(c.mine(reduction), c.inputs, trained)
+
+    nothing = peak(False, False, False)
     assert nothing < min(x_bytes, weight_bytes)
-    assert x_bytes < peak_bytes(c, (True, False, False)) < x_bytes + nothing + 2**16
-    assert weight_bytes < peak_bytes(c, (False, True, False)) < weight_bytes + nothing + 2**16
-    assert peak_bytes(c, (True, True, True), "none") < nothing + 2**16
+    assert x_bytes < peak(True, False, False) < x_bytes + nothing + 2**16
+    assert weight_bytes < peak(False, True, False) < weight_bytes + nothing + 2**16
+    assert peak(True, True, True, reduction="none") < nothing + 2**16
 
 
 def test_the_logits_never_exist() -> None:

@@ -111,8 +111,9 @@ def test_rows_apart_from_one_another_leave_what_is_between_them_alone() -> None:
 
 def test_upstream_gradients_may_have_any_strides() -> None:
     rows = Rows.draw(6, 50, **OPTIONS[6])
-    expanded = replace(rows, g=torch.ones(1).expand(6), h=torch.randn(12)[::2])
-    dense = replace(rows, g=torch.ones(6), h=expanded.h.clone())  # type: ignore[union-attr]
+    h = torch.randn(12)[::2]
+    expanded = replace(rows, g=torch.ones(1).expand(6), h=h)
+    dense = replace(rows, g=torch.ones(6), h=h.clone())
     assert torch.equal(expanded.kernel()[2], dense.kernel()[2])
 
 

@@ -12,22 +12,26 @@ BATCH = (4, 6)
 
 
 class Inputs:
-    """Hidden states, a head and targets, in double precision."""
+    """Hidden states, a head and targets."""
 
-    def __init__(self, *, seed: int = 0) -> None:
-        torch.manual_seed(seed)
-        self.x = torch.randn(*BATCH, HIDDEN, dtype=torch.float64, requires_grad=True)
-        self.w = torch.randn(CLASSES, HIDDEN, dtype=torch.float64, requires_grad=True)
-        self.b = torch.randn(CLASSES, dtype=torch.float64, requires_grad=True)
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        def made(*shape: int) -> Tensor:
+            return torch.randn(*shape, dtype=torch.float64)
+
+        self.x, self.w, self.b = made(*BATCH, HIDDEN), made(CLASSES, HIDDEN), made(CLASSES)
         self.y = torch.randint(0, CLASSES, BATCH)
         self.y[0, :3] = -100
         self.known = self.y.clamp(min=0)
-        self.soft = torch.randn(*BATCH, CLASSES, dtype=torch.float64).softmax(-1)
+        self.soft = made(*BATCH, CLASSES).softmax(-1)
         self.weight = torch.rand(CLASSES, dtype=torch.float64)
-        self.buffer = torch.randn(1, CLASSES, dtype=torch.float64)
+        self.buffer = made(1, CLASSES)
         self.count = torch.tensor(17.0, dtype=torch.float64)
         self.mask = torch.rand(BATCH, dtype=torch.float64)
-        self.temperature = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+        self.temperature = torch.tensor(1.7, dtype=torch.float64)
+        for name, value in vars(self).items():
+            setattr(self, name, value.to(dtype) if value.is_floating_point() else value)
+        for tensor in self.trained:
+            tensor.requires_grad_()
 
     @property
     def trained(self) -> list[Tensor]:
@@ -35,14 +39,6 @@ class Inputs:
 
 
 Function = Callable[[Inputs], Any]
-
-
-def gradients(value: Tensor, inputs: Inputs) -> list[Tensor | None]:
-    """Of all that is trained; None where the value does not depend on it."""
-    for tensor in inputs.trained:
-        tensor.grad = None
-    value.backward()  # type: ignore[no-untyped-call]
-    return [None if t.grad is None else t.grad.clone() for t in inputs.trained]
 
 
 def flat(z: Tensor) -> Tensor:

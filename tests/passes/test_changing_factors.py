@@ -6,14 +6,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 
-from memopt.backend import compile_graph, read_options
 from memopt.record import GraphRecord
 from memopt.remarks import RemarkKind
 from tests import references
-from tests.passes.compiling import assert_close, options
-from tests.passes.one_head import Inputs, capped, flat, gradients, log_probs
+from tests.passes.compiling import assert_close, compiled, converted, run
+from tests.passes.one_head import Inputs, capped, flat, log_probs
 
 Function = Callable[[Inputs, float], Any]
 
@@ -46,28 +45,25 @@ FOUND: dict[str, Function] = {
 }
 
 
-def run(function: Function) -> list[GraphRecord]:
+def at(function: Callable[..., Any], t: float) -> Callable[[Inputs], Any]:
+    """The function at one temperature."""
+    return lambda i: function(i, t)
+
+
+def follow(function: Function) -> list[GraphRecord]:
     """Calls with three temperatures, each with eager's numbers; what is said of the graphs."""
-    torch._dynamo.reset()
-    config, records = read_options(options()), list[GraphRecord]()
-
-    def backend(gm: fx.GraphModule, example: Any) -> Any:
-        return compile_graph(gm, example, config, records.append)
-
-    compiled: Any = torch.compile(function, backend=backend)
+    own, records = compiled(function, dynamic=None)
     for t in (1.5, 2.5, 0.75):
         inputs = Inputs()
-        expected = function(inputs, t)
-        wanted = gradients(expected, inputs)
-        actual = compiled(inputs, t)
-        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-        assert_close(gradients(actual, inputs), wanted)
+        actual, expected = (run(at(f, t), inputs) for f in (own, function))
+        torch.testing.assert_close(actual[0], expected[0], rtol=1e-12, atol=1e-12)
+        assert_close(actual, expected)
     return records
 
 
 @pytest.mark.parametrize("form", FOUND)
 def test_a_changing_factor_is_followed_and_does_not_compile_again(form: str) -> None:
-    records = run(FOUND[form])
+    records = follow(FOUND[form])
     assert len(records) == 2  # the second for all numbers
     for record in records:
         assert record.rewrites["chunk_losses"] > 0
@@ -76,13 +72,15 @@ def test_a_changing_factor_is_followed_and_does_not_compile_again(form: str) -> 
 
 
 def test_a_changing_softcap_is_not_followed_and_a_remark_says_so() -> None:
-    records = run(lambda i, t: F.cross_entropy(flat(capped(F.linear(i.x, i.w), t)), i.y.view(-1)))
+    records = follow(
+        lambda i, t: F.cross_entropy(flat(capped(F.linear(i.x, i.w), t)), i.y.view(-1))
+    )
     missed = [r for r in records[-1].remarks if r.kind is RemarkKind.MISSED]
     assert any("also read by mul" in r.text and r.source for r in missed)
 
 
 def test_a_changing_label_smoothing_is_not_followed_and_a_remark_says_so() -> None:
-    records = run(
+    records = follow(
         lambda i, t: F.cross_entropy(
             flat(F.linear(i.x, i.w)), i.y.view(-1), label_smoothing=t / 10
         )
@@ -91,34 +89,18 @@ def test_a_changing_label_smoothing_is_not_followed_and_a_remark_says_so() -> No
     assert any("label smoothing changes from call to call" in text for text in texts)
 
 
-def rounded(dtype: torch.dtype, seed: int) -> tuple[Inputs, Inputs]:
-    """The same numbers in low precision and in double."""
-    low, exact = Inputs(seed=seed), Inputs(seed=seed)
-    for name, tensor in vars(low).items():
-        if tensor.is_floating_point():
-            own = tensor.detach().to(dtype)
-            setattr(low, name, own.requires_grad_(tensor.requires_grad))
-            double = own.detach().double().requires_grad_(tensor.requires_grad)
-            setattr(exact, name, double)
-    return low, exact
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", ["divided by", "temperature of both", "contrastive"])
 def test_low_precision_is_as_near_to_float64_as_eager_is(form: str, dtype: torch.dtype) -> None:
-    function, seeds = FOUND[form], iter(range(5))
-    torch._dynamo.reset()
-    compiled: Any = torch.compile(function, backend="memopt", options=options())
-    compiled(rounded(dtype, 0)[0], 1.5)
+    function, t = FOUND[form], 2.3
+    own, _ = compiled(function, dynamic=None)
+    own(Inputs(dtype), 1.5)
 
     def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        low, exact = rounded(dtype, next(seeds))
-        t = 2.3
-        results = ((compiled(low, t), low), (function(exact, t), exact), (function(low, t), low))
-        a, b, c = (
-            [v.detach(), *(g for g in gradients(v, own) if g is not None)] for v, own in results
-        )
-        assert [g.dtype for g in a] == [g.dtype for g in c]
-        return a, b, c
+        inputs = Inputs(dtype)
+        exact = run(at(function, t), converted(inputs, torch.float64))
+        actual, expected = (run(at(f, t), inputs) for f in (own, function))
+        assert [g.dtype for g in actual] == [g.dtype for g in expected]
+        return actual, exact, expected
 
     references.assert_draws_within_reference_error(draw)

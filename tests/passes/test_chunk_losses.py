@@ -1,6 +1,6 @@
 """The chunked-loss pass: every spelling, with eager's loss and gradients, and no logits whole."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,11 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 import memopt
-from memopt.backend import compile_graph, read_options
+from memopt.backend import read_options
 from memopt.passes import PRE_GRAD
 from memopt.pipeline import PassContext, Pipeline
 from tests import references
-from tests.passes.compiling import argument, assert_close, options, rewritten, run_compiled
+from tests.passes.compiling import (
+    argument,
+    assert_as_eager,
+    assert_close,
+    compiled,
+    options,
+    rewritten,
+    run,
+    run_compiled,
+)
 from tests.passes.one_head import (
     BATCH,
     CLASSES,
@@ -21,7 +30,6 @@ from tests.passes.one_head import (
     HIDDEN,
     TOKENS,
     Inputs,
-    gradients,
     shifted,
     z_loss,
 )
@@ -32,13 +40,8 @@ from tests.passes.one_head import (
 def test_every_spelling_is_found_and_gives_eagers_loss_and_gradients(
     form: str, chunk_rows: int
 ) -> None:
-    function, inputs = FORMS[form], Inputs()
-    expected = function(inputs)
-    wanted = gradients(expected, inputs)
-    actual, (record,) = run_compiled(function, inputs, chunk_rows=chunk_rows)
+    record = assert_as_eager(FORMS[form], Inputs(), chunk_rows=chunk_rows)
     assert record.rewrites["chunk_losses"] == 1, record.remarks
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-    assert_close(gradients(actual, inputs), wanted)
 
 
 @pytest.mark.parametrize("form", [f for f in FORMS if not f.startswith("soft")])
@@ -68,10 +71,7 @@ def test_a_frozen_part_gets_no_gradient_and_the_others_theirs(frozen: str) -> No
     inputs = Inputs()
     for name in ("x", "w") if frozen.startswith("all") else (frozen,):
         getattr(inputs, name).requires_grad_(False)
-    expected = gradients(FORMS["bias"](inputs), inputs)
-    actual, (record,) = run_compiled(FORMS["bias"], inputs)
-    assert record.rewrites["chunk_losses"] == 1
-    assert_close(gradients(actual, inputs), expected)
+    assert assert_as_eager(FORMS["bias"], inputs).rewrites["chunk_losses"] == 1
 
 
 def test_without_gradients_the_operator_is_asked_for_none() -> None:
@@ -94,11 +94,11 @@ def test_without_gradients_the_operator_is_asked_for_none() -> None:
 def test_all_labels_ignored_gives_eagers_nan_and_eagers_zero_gradients() -> None:
     inputs = Inputs()
     inputs.y.fill_(-100)
-    expected = gradients(value := FORMS["flattened"](inputs), inputs)
-    actual, _ = run_compiled(FORMS["flattened"], inputs)
-    assert value.isnan()
-    assert actual.isnan()
-    assert_close(gradients(actual, inputs), expected)
+    own, _ = compiled(FORMS["flattened"])
+    (loss, *actual), (eagers, *expected) = (run(f, inputs) for f in (own, FORMS["flattened"]))
+    assert loss.isnan()
+    assert eagers.isnan()
+    assert_close(actual, expected)
 
 
 def test_a_label_out_of_range_fails_as_eager_does() -> None:
@@ -111,21 +111,15 @@ def test_a_label_out_of_range_fails_as_eager_does() -> None:
 
 
 def test_lengths_change_without_a_recompilation() -> None:
-    frames: list[int] = []
-
-    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        frames.append(len(inputs))
-        return compile_graph(gm, inputs, read_options(options()))
-
     def function(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
         return z_loss(F.linear(x, w), y) + shifted(F.linear(x, w), y)
 
-    compiled = torch.compile(function, backend=backend, dynamic=True)
+    own, records = compiled(function, dynamic=True)
     i = Inputs()
     for length in (5, 3, 4):
         x, y = i.x[:, :length].contiguous(), i.known[:, :length].contiguous()
-        torch.testing.assert_close(compiled(x, i.w, y), function(x, i.w, y))
-    assert len(frames) == 1
+        torch.testing.assert_close(own(x, i.w, y), function(x, i.w, y))
+    assert len(records) == 1
 
 
 def assert_as_near_to_float64(
@@ -145,7 +139,7 @@ def assert_as_near_to_float64(
     """
     results: list[Tensor] = []
 
-    def compiled(x: Tensor, w: Tensor) -> Tensor:
+    def served(x: Tensor, w: Tensor) -> Tensor:
         value, (record,) = run_compiled(function, x, w, **chunk)
         assert record.rewrites["chunk_losses"] == 1
         assert isinstance(value, Tensor)
@@ -154,7 +148,7 @@ def assert_as_near_to_float64(
     def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         inputs = [torch.randn(TOKENS, HIDDEN), torch.randn(CLASSES, HIDDEN)]
         truth = references.run(exact, references.doubles(inputs))
-        results[:] = references.run(compiled, inputs)
+        results[:] = references.run(served, inputs)
         return list(results), truth, references.run(function, inputs)
 
     references.assert_draws_within_reference_error(draw)
@@ -209,24 +203,15 @@ def test_a_head_may_read_what_takes_the_place_of_another_ones_loss() -> None:
         normaliser = torch.logsumexp(F.linear(i.x, i.w), -1)
         return F.cross_entropy(F.linear(normaliser, i.w[:, : BATCH[1]]), i.known[:, 0])
 
-    inputs = Inputs()
-    expected = function(inputs)
-    wanted = gradients(expected, inputs)
-    actual, (record,) = run_compiled(function, inputs)
-    assert record.rewrites["chunk_losses"] == 2
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-    assert_close(gradients(actual, inputs), wanted)
+    assert assert_as_eager(function, Inputs()).rewrites["chunk_losses"] == 2
 
 
 def test_a_frozen_head_still_trains_a_temperature() -> None:
     inputs = Inputs()
     inputs.x.requires_grad_(False)
     inputs.w.requires_grad_(False)
-    form = FORMS["temperature that is trained"]
-    expected = gradients(form(inputs), inputs)
-    actual, (record,) = run_compiled(form, inputs)
+    record = assert_as_eager(FORMS["temperature that is trained"], inputs)
     assert record.rewrites["chunk_losses"] == 1
-    assert_close(gradients(actual, inputs), expected)
 
 
 def test_a_weight_stored_the_other_way_round_compiles_with_inductor() -> None:
@@ -251,11 +236,8 @@ def test_an_impossible_option_is_refused_before_anything_is_compiled(chunk: Any)
 
 def test_two_runs_are_bitwise_equal() -> None:
     inputs = Inputs()
-    runs = []
-    for _ in range(2):
-        actual, _ = run_compiled(FORMS["padded, by count"], inputs, chunk_rows=5)
-        runs.append((actual, *gradients(actual, inputs)))
-    assert all(a is e or torch.equal(a, e) for a, e in zip(*runs, strict=True))
+    own, _ = compiled(FORMS["padded, by count"], chunk_rows=5)
+    references.assert_same_bits(run(own, inputs), run(own, inputs))
 
 
 def test_double_backward_is_refused() -> None:

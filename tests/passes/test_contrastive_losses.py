@@ -1,55 +1,36 @@
 """Contrastive losses in both directions: one operator, eager's numbers, no similarities whole."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from bench.meter import Meter
-from memopt.backend import read_options
-from memopt.passes import PRE_GRAD
-from memopt.pipeline import PassContext, Pipeline
 from memopt.remarks import RemarkKind
-from tests import references
-from tests.passes.compiling import argument, assert_close, options, rewritten, run_compiled
-
-PAIRS, SIZE = 300, 8
-
-
-class Batch(NamedTuple):
-    """Two kinds of embeddings `(PAIRS, SIZE)` and the logarithm of the scale."""
-
-    x: Tensor
-    y: Tensor
-    scale: Tensor
-
-    @classmethod
-    def draw(cls, dtype: torch.dtype = torch.float64, *, seed: int = 0) -> "Batch":
-        torch.manual_seed(seed)
-        x, y = (torch.randn(PAIRS, SIZE, dtype=dtype, requires_grad=True) for _ in range(2))
-        return cls(x, y, torch.tensor(1.7, dtype=dtype, requires_grad=True))
+from tests.passes.compiling import (
+    argument,
+    assert_as_eager,
+    assert_close,
+    assert_near_float64,
+    compiled,
+    options,
+    rewritten,
+    run,
+    run_compiled,
+)
+from tests.passes.pairs import PAIRS, SIZE, Function, Inputs, autocast, both
 
 
-Function = Callable[[Batch], Any]
-
-
-def both(z: Tensor, other: Tensor | None = None) -> Tensor:
-    labels = torch.arange(len(z), device=z.device)
-    other = z.t() if other is None else other
-    return (F.cross_entropy(z, labels) + F.cross_entropy(other, labels)) / 2
-
-
-def two_products(i: Batch) -> Tensor:
+def two_products(i: Inputs) -> Tensor:
     """As open_clip writes it."""
     x, y = F.normalize(i.x, dim=-1), F.normalize(i.y, dim=-1)
     scale = i.scale.exp()
     return both(scale * x @ y.T, scale * y @ x.T)
 
 
-def transformers(i: Batch) -> tuple[Tensor, ...]:
+def transformers(i: Inputs) -> tuple[Tensor, ...]:
     """As Hugging Face's CLIP writes it, without what it returns."""
     x = i.x / i.x.norm(p=2, dim=-1, keepdim=True)
     y = i.y / i.y.norm(p=2, dim=-1, keepdim=True)
@@ -62,19 +43,19 @@ def transformers(i: Batch) -> tuple[Tensor, ...]:
     return (contrastive_loss(z) + contrastive_loss(z.T)) / 2.0, x, y
 
 
-def apart(i: Batch, *, label_smoothing: float = 0.0, **change: Any) -> Tensor:
+def apart(i: Inputs, *, label_smoothing: float = 0.0, **change: Any) -> Tensor:
     z = i.scale * i.x @ i.y.T
     labels = torch.arange(PAIRS)
     a = F.cross_entropy(z, labels, label_smoothing=label_smoothing)
     return a + F.cross_entropy(z.T, labels, label_smoothing=label_smoothing, **change)
 
 
-def weighed(i: Batch) -> Tensor:
+def weighed(i: Inputs) -> Tensor:
     z, labels = i.x @ i.y.T, torch.arange(0, PAIRS, 1)
     return 0.3 * F.cross_entropy(z, labels) + 0.3 * F.cross_entropy(z.T, labels)
 
 
-def averaged(i: Batch) -> Tensor:
+def averaged(i: Inputs) -> Tensor:
     z, labels = i.x @ i.y.T, torch.arange(PAIRS).to("cpu")
     return torch.stack([F.cross_entropy(z, labels), F.cross_entropy(z.T, labels)]).mean() ** 2
 
@@ -102,76 +83,68 @@ FUSED: dict[str, Function] = {
 }
 
 
-def gradients(value: Tensor, batch: Batch) -> list[Tensor | None]:
-    return list(torch.autograd.grad(value, list(batch), allow_unused=True))
-
-
 @pytest.mark.parametrize("form", FUSED)
 def test_every_spelling_becomes_one_operator_with_eagers_numbers(form: str) -> None:
-    function, batch = FUSED[form], Batch.draw()
-    expected = function(batch)
-    wanted = gradients(expected, batch)
-    actual, (record,) = run_compiled(function, batch, chunk_rows=70)
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-    assert_close(gradients(actual, batch), wanted)
+    function, inputs = FUSED[form], Inputs()
+    record = assert_as_eager(function, inputs, chunk_rows=70)
     remarks = [r for r in record.remarks if r.pass_name == "chunk_losses"]
     assert {r.kind for r in remarks} == {RemarkKind.APPLIED}, remarks
     assert record.rewrites["chunk_losses"] == (
         2 if form in ("twice", "scaled by another loss") else 1
     )
-    graph = rewritten(function, batch)
+    graph = rewritten(function, inputs)
     names = [str(node.target) for node in graph.nodes if "memopt" in str(node.target)]
     assert set(names) == {"memopt.contrastive.default"}
     values = [node.meta.get("example_value") for node in graph.nodes]
     assert max(v.numel() for v in values if isinstance(v, Tensor)) < PAIRS * PAIRS
 
 
-def shifted_labels(i: Batch) -> Tensor:
+def shifted_labels(i: Inputs) -> Tensor:
     """Classes of one rank of several; here of the first, which no graph can know."""
     z, labels = i.x @ i.y.T, torch.arange(PAIRS) + 0 * PAIRS
     return F.cross_entropy(z, labels) + F.cross_entropy(z.T, labels)
 
 
-def overwritten_labels(i: Batch) -> Tensor:
+def overwritten_labels(i: Inputs) -> Tensor:
     z, labels = i.x @ i.y.T, torch.arange(PAIRS)
     labels[3] = 7
     return F.cross_entropy(z, labels) + F.cross_entropy(z.T, labels)
 
 
-def reversed_labels(i: Batch) -> Tensor:
+def reversed_labels(i: Inputs) -> Tensor:
     z, labels = i.x @ i.y.T, torch.arange(PAIRS - 1, -1, -1)
     return F.cross_entropy(z, labels) + F.cross_entropy(z.T, labels)
 
 
-def one_read_twice(i: Batch) -> Tensor:
+def one_read_twice(i: Inputs) -> Tensor:
     z, labels = i.x @ i.y.T, torch.arange(PAIRS)
     a, b = F.cross_entropy(z, labels), F.cross_entropy(z.T, labels)
     return a + b + a.square()
 
 
-def unlike_weights(i: Batch) -> Tensor:
+def unlike_weights(i: Inputs) -> Tensor:
     z, labels = i.x @ i.y.T, torch.arange(PAIRS)
     return 0.3 * F.cross_entropy(z, labels) + 0.7 * F.cross_entropy(z.T, labels)
 
 
-def squares(i: Batch) -> Tensor:
+def squares(i: Inputs) -> Tensor:
     z, labels = i.x @ i.y.T, torch.arange(PAIRS)
     a, b = F.cross_entropy(z, labels), F.cross_entropy(z.T, labels)
     return a * a + b * b
 
 
-def accuracy(i: Batch) -> Tensor:
+def accuracy(i: Inputs) -> Tensor:
     z = i.x @ i.y.T
     return both(z) + (z.argmax(-1) == torch.arange(PAIRS)).double().mean()
 
 
-def partly_frozen(i: Batch) -> Tensor:
+def partly_frozen(i: Inputs) -> Tensor:
     with torch.no_grad():
         x = i.x * i.scale
     return both(x @ i.y.T, i.y @ x.T)
 
 
-def overwritten(i: Batch) -> Tensor:
+def overwritten(i: Inputs) -> Tensor:
     x = i.x.detach() + 1.0
     z = i.scale * (x @ i.y.detach().T)
     x.mul_(2.0)
@@ -198,17 +171,10 @@ APART: dict[str, tuple[Function, str]] = {
 @pytest.mark.parametrize("form", APART)
 def test_what_is_not_surely_the_same_is_not_fused_and_a_remark_says_why(form: str) -> None:
     function, reason = APART[form]
-    batch = Batch.draw()
-    torch.manual_seed(1)
-    expected = function(batch)
-    wanted = gradients(expected, batch)
-    torch.manual_seed(1)
-    actual, (record,) = run_compiled(function, batch)
+    record = assert_as_eager(function, Inputs())
     missed = [r.text for r in record.remarks if "both directions, not in one" in r.text]
     assert len(missed) == 1
     assert reason in missed[0]
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-    assert_close(gradients(actual, batch), wanted)
 
 
 NO_PAIR: dict[str, Function] = {
@@ -223,60 +189,38 @@ NO_PAIR: dict[str, Function] = {
 
 @pytest.mark.parametrize("form", NO_PAIR)
 def test_what_are_not_two_directions_is_served_as_before(form: str) -> None:
-    batch = Batch.draw()
-    expected = NO_PAIR[form](batch)
-    wanted = gradients(expected, batch)
-    actual, (record,) = run_compiled(NO_PAIR[form], batch)
+    record = assert_as_eager(NO_PAIR[form], Inputs())
     assert record.rewrites["chunk_losses"] > 0
     assert not any("both directions" in remark.text for remark in record.remarks)
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-    assert_close(gradients(actual, batch), wanted)
 
 
 def test_a_few_pairs_are_left_alone() -> None:
-    batch = Batch(*(t[:64] if t.dim() else t for t in Batch.draw()))
-    _, (record,) = run_compiled(FUSED["transposed"], batch)
+    _, (record,) = run_compiled(FUSED["transposed"], Inputs(pairs=64))
     assert record.rewrites["chunk_losses"] == 0
 
 
 def test_without_gradients_the_operator_is_asked_for_none() -> None:
-    batch = Batch.draw()
+    inputs = Inputs()
     with torch.no_grad():
-        graph = rewritten(two_products, batch)
-        actual, _ = run_compiled(two_products, batch)
-        torch.testing.assert_close(actual, two_products(batch), rtol=1e-12, atol=1e-12)
+        graph = rewritten(two_products, inputs)
+        actual, _ = run_compiled(two_products, inputs)
+        torch.testing.assert_close(actual, two_products(inputs), rtol=1e-12, atol=1e-12)
     (node,) = (n for n in graph.nodes if "contrastive" in str(n.target))
     assert argument(node, "wanted") == [False, False, False]
 
 
 def test_the_number_of_pairs_changes_without_a_recompilation() -> None:
-    frames = []
-
-    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
-        frames.append(gm)
-        Pipeline("pre_grad", PRE_GRAD).run(gm, PassContext(read_options(options())))
-        assert any("contrastive" in str(node.target) for node in gm.graph.nodes)
-        return gm.forward
-
     def function(x: Tensor, y: Tensor) -> Tensor:
         return both(x @ y.T)
 
-    compiled: Any = torch.compile(function, backend=backend, dynamic=True)
+    own, records = compiled(function, dynamic=True)
     for rows in (300, 280, 260):
         x, y = torch.randn(2, rows, SIZE, dtype=torch.float64)
-        torch.testing.assert_close(compiled(x.clone(), y.clone()), both(x @ y.T))
-    assert len(frames) == 1
+        torch.testing.assert_close(own(x.clone(), y.clone()), both(x @ y.T))
+    assert [record.rewrites["chunk_losses"] for record in records] == [1]
 
 
-def autocast(function: Function) -> Function:
-    def run(i: Batch) -> Any:
-        with torch.autocast("cpu", torch.bfloat16):
-            return function(i)
-
-    return run
-
-
-def same_product(i: Batch) -> Tensor:
+def same_product(i: Inputs) -> Tensor:
     """``two_products`` with one product for both directions, as the operator has it."""
     x, y = F.normalize(i.x, dim=-1), F.normalize(i.y, dim=-1)
     return both(i.scale.exp() * (x @ y.T))
@@ -293,49 +237,46 @@ def test_low_precision_is_as_near_to_float64_as_eager_with_one_product_is(
     if dtype == "autocast":
         own, plain = autocast(function), autocast(same_product)
 
-    def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        batch = Batch.draw(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    def draw() -> Inputs:
         torch.manual_seed(next(seeds))
-        batch = Batch(*(t.detach().normal_().requires_grad_() for t in batch))
-        exact = Batch(*(t.detach().double().requires_grad_() for t in batch))
-        value, (record,) = run_compiled(own, batch)
-        assert record.rewrites["chunk_losses"] == 1
-        results = (value, batch), (same_product(exact), exact), (plain(batch), batch)
-        a, b, c = ([v.detach(), *torch.autograd.grad(v, list(leaves))] for v, leaves in results)
-        assert [t.dtype for t in a] == [t.dtype for t in c]
-        return a, b, c
+        inputs = Inputs(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+        inputs.scale.data.normal_()
+        return inputs
 
-    references.assert_draws_within_reference_error(draw)
+    record = assert_near_float64(own, draw, plain=plain, exact=same_product)
+    assert record.rewrites["chunk_losses"] == 1
 
 
 class Clip(nn.Module):
     """Returns its similarities beside the loss."""
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        z = batch.x @ batch.y.T * batch.scale
+    def forward(self, i: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        z = i.x @ i.y.T * i.scale
         return both(z), z, z.T
 
 
 def test_returned_similarities_stay_whole_or_are_none_where_that_is_asked_for() -> None:
-    batch = Batch.draw()
-    expected = Clip()(batch)
-    kept, (record,) = run_compiled(Clip(), batch, logits="full")
+    inputs = Inputs()
+    record = assert_as_eager(Clip(), inputs, logits="full")
     assert any("logits='full' keeps them whole" in r.text for r in record.remarks)
-    torch.testing.assert_close(kept, expected)
-    (loss, *rest), (record,) = run_compiled(Clip(), batch, logits="none")
-    assert rest == [None, None]
+    own, records = compiled(Clip(), logits="none")
+    assert own(inputs)[1:] == (None, None)
+    (record,) = records
     assert record.rewrites["chunk_losses"] == 1
-    torch.testing.assert_close(loss, expected[0], rtol=1e-12, atol=1e-12)
-    assert_close(gradients(loss, batch), gradients(expected[0], batch))
+
+    def loss_of(function: Function) -> Function:
+        return lambda i: function(i)[0]
+
+    actual, expected = (run(loss_of(f), inputs) for f in (own, Clip()))
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-12, atol=1e-12)
+    assert_close(actual, expected)
 
 
 def test_a_step_holds_no_similarities() -> None:
     rows = 1024
-    torch.manual_seed(0)
-    x, y = (torch.randn(rows, 16, requires_grad=True) for _ in range(2))
-    batch = Batch(x, y, torch.tensor(1.0, requires_grad=True))
-    compiled: Any = torch.compile(two_products, backend="memopt", options=options())
-    torch.autograd.grad(compiled(batch), list(batch))
+    inputs = Inputs(torch.float32, pairs=rows)
+    own = torch.compile(two_products, backend="memopt", options=options())
+    run(own, inputs)
     with Meter() as meter:
-        torch.autograd.grad(compiled(batch), list(batch))
+        run(own, inputs)
     assert meter.peak_bytes < rows * rows * 4

@@ -1,17 +1,22 @@
 """Distillation through the pass: eager's loss and gradients, and neither head's logits whole."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 
-from memopt.backend import compile_graph, read_options
 from memopt.lazy_logits import LazyLogits
 from memopt.passes.heads import memory
-from tests.passes.compiling import argument, compiled, converted, options, rewritten
+from tests.passes.compiling import (
+    argument,
+    assert_as_eager,
+    assert_near_float64,
+    compiled,
+    rewritten,
+    run,
+)
 from tests.passes.two_heads import (
     BATCH,
     CLASSES,
@@ -19,14 +24,12 @@ from tests.passes.two_heads import (
     LENGTH,
     Function,
     Inputs,
-    assert_as_eager,
     hinton,
     kl,
     log_p,
-    run,
     two_divergences,
 )
-from tests.references import assert_draws_within_reference_error
+from tests.references import assert_same_bits
 
 # eager says that it should have been batchmean
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
@@ -127,22 +130,14 @@ def test_a_frozen_part_of_the_student_gets_no_gradient_and_the_other_its_own(fro
     "form", ["Hinton", "none, by rows", "reverse", "generalised, 0.5", "logits at hand"]
 )
 def test_low_precision_is_as_near_to_float64_as_eager_is(form: str, dtype: torch.dtype) -> None:
-    function, _ = compiled(FORMS[form], chunk_rows=5)
-
-    def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        inputs = Inputs(dtype)
-        exact = run(FORMS[form], converted(inputs, torch.float64))
-        return run(function, inputs), exact, run(FORMS[form], inputs)
-
-    assert_draws_within_reference_error(draw, 20)
+    assert_near_float64(FORMS[form], lambda: Inputs(dtype), 20, chunk_rows=5)
 
 
 @pytest.mark.parametrize("form", ["Hinton", "generalised, 0.1, sum"])
 def test_two_runs_are_bitwise_equal(form: str) -> None:
     inputs = Inputs(torch.bfloat16)
     function, _ = compiled(FORMS[form], chunk_rows=5)
-    first, second = run(function, inputs), run(function, inputs)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert_same_bits(run(function, inputs), run(function, inputs))
 
 
 def test_with_every_row_masked_eagers_nan_and_eagers_zero_gradients() -> None:
@@ -159,24 +154,17 @@ def test_with_every_row_masked_eagers_nan_and_eagers_zero_gradients() -> None:
 
 
 def test_lengths_change_without_a_recompilation() -> None:
-    frames: list[int] = []
-
-    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        frames.append(len(inputs))
-        return compile_graph(gm, inputs, read_options(options()))
-
     def function(x: Tensor, tx: Tensor, i: Inputs, mask: Tensor) -> Tensor:
         s, t = F.linear(x, i.w), F.linear(tx, i.tw)
         rows = (kl(s, t, "none") * mask[..., None]).sum(-1)
         return rows.sum() / mask.sum() + kl(s, t, "batchmean") + kl(s, t, "none").mean()
 
+    own, records = compiled(function, dynamic=True)
     i = Inputs()
-    torch._dynamo.reset()
-    compiled = torch.compile(function, backend=backend, dynamic=True)
     for length in (5, 3, 4):
         x, tx, mask = (v[:, :length].contiguous() for v in (i.x, i.tx, i.mask))
-        torch.testing.assert_close(compiled(x, tx, i, mask), function(x, tx, i, mask))
-    assert len(frames) == 1
+        torch.testing.assert_close(own(x, tx, i, mask), function(x, tx, i, mask))
+    assert len(records) == 1
 
 
 @pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.passes.compiling import assert_declined, run_compiled
-from tests.passes.two_heads import CLASSES, Function, Inputs, T, assert_as_eager, kl, log_p
+from tests.passes.compiling import assert_as_eager, assert_declined, run_compiled
+from tests.passes.two_heads import CLASSES, Function, Inputs, T, kl, log_p
 
 
 def teacher_trained(i: Inputs) -> Tensor:

@@ -11,32 +11,9 @@ from torch import Tensor, nn
 from bench.meter import Meter
 from memopt.errors import StaleLogitsError
 from memopt.lazy_logits import LazyLogits
-from tests.passes.compiling import options, run_compiled
+from tests.passes.compiling import converted, options, run_compiled
+from tests.passes.pairs import PAIRS, SIZE, Inputs, both
 from tests.references import assert_draws_within_reference_error
-
-PAIRS, SIZE = 300, 8
-
-
-class Inputs:
-    """Embeddings of both sides and the logarithm of their scale."""
-
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        self.x, self.y = (
-            torch.randn(PAIRS, SIZE, dtype=dtype),
-            torch.randn(PAIRS, SIZE, dtype=dtype),
-        )
-        self.scale = torch.tensor(0.7, dtype=dtype)
-        for tensor in self.leaves:
-            tensor.requires_grad_()
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        return [self.x, self.y, self.scale]
-
-
-def both(z: Tensor) -> Tensor:
-    labels = torch.arange(len(z))
-    return (F.cross_entropy(z, labels) + F.cross_entropy(z.t(), labels)) / 2
 
 
 def clip(i: Inputs) -> tuple[Tensor, ...]:
@@ -64,7 +41,7 @@ FORMS: dict[str, Callable[[Inputs], tuple[Tensor, ...]]] = {
 
 
 def gradients(value: Tensor, inputs: Inputs) -> list[Tensor]:
-    return list(torch.autograd.grad(value, inputs.leaves, materialize_grads=True))
+    return list(torch.autograd.grad(value, inputs.trained, materialize_grads=True))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -155,9 +132,8 @@ def test_low_precision_is_as_near_to_float64_as_eager_is(dtype: torch.dtype) -> 
         return [(per_x + 0).detach(), (per_y + 0).detach(), *gradients(total, inputs)]
 
     def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        inputs, wide = Inputs(dtype), Inputs()
-        for name in ("x", "y", "scale"):
-            setattr(wide, name, getattr(inputs, name).detach().double().requires_grad_())
+        inputs = Inputs(dtype)
+        wide = converted(inputs, torch.float64)
         return results(mine, inputs), results(clip, wide), results(clip, inputs)
 
     mine = torch.compile(clip, backend="memopt", options=options())

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memopt.remarks import Remark, RemarkKind
-from tests.passes.compiling import assert_close, run_compiled
-from tests.passes.one_head import CLASSES, Function, Inputs, flat, gradients
+from tests.passes.compiling import assert_as_eager, run_compiled
+from tests.passes.one_head import CLASSES, Function, Inputs, flat
 
 
 def embeddings(i: Inputs) -> Tensor:
@@ -88,18 +88,14 @@ def of_the_pass(remarks: tuple[Remark, ...] | list[Remark]) -> list[Remark]:
 
 @pytest.mark.parametrize("form", MISSED)
 def test_one_remark_names_the_node_the_line_and_the_reason(form: str) -> None:
-    (function, words), inputs = MISSED[form], Inputs()
-    expected = function(inputs)
-    wanted = gradients(expected, inputs)
-    actual, (record,) = run_compiled(function, inputs)
+    function, words = MISSED[form]
+    record = assert_as_eager(function, Inputs())
     assert record.rewrites["chunk_losses"] == 0
     (remark,) = of_the_pass(record.remarks)
     assert remark.kind is RemarkKind.MISSED
     assert all(word in remark.text for word in words), remark
     assert remark.source is not None
     assert "test_unfollowed" in remark.source
-    torch.testing.assert_close(actual, expected)
-    assert_close(gradients(actual, inputs), wanted)
 
 
 SILENT: dict[str, Function] = {

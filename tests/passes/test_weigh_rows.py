@@ -1,40 +1,37 @@
 """Losses by rows with constant weights: eager's numbers, and the logits made once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 
-from bench.meter import Meter
-from memopt.backend import compile_graph, read_options
 from memopt.kernels import linear_cross_entropy, weighted_rows
-from memopt.record import GraphRecord
-from tests.passes.compiling import assert_declined, compiled, converted, options, rewritten
-from tests.references import assert_draws_within_reference_error
+from tests.passes import one_head
+from tests.passes.compiling import (
+    assert_as_eager,
+    assert_declined,
+    assert_near_float64,
+    compiled,
+    converted,
+    rewritten,
+    run,
+)
+from tests.passes.one_head import BATCH, CLASSES, TOKENS, flat, log_probs, selected
+from tests.references import assert_same_bits
+from tests.scratch import assert_scratch_is
 
-BATCH, LENGTH, CLASSES = 4, 6, 307
-COUNT = BATCH * LENGTH
 
-
-class Inputs:
-    """A head that is trained, a teacher's, and what the losses of tokens are weighed with."""
+class Inputs(one_head.Inputs):
+    """With a teacher's logits, weights of tokens, and a mask of zeros and ones."""
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        def made(*shape: int) -> Tensor:
-            return torch.randn(*shape).to(dtype)
-
-        self.x, self.w, self.b = made(BATCH, LENGTH, 16), made(CLASSES, 16), made(CLASSES)
-        self.teacher = made(BATCH, LENGTH, CLASSES)
-        self.y = torch.randint(0, CLASSES, (BATCH, LENGTH))
-        self.y[0, :3] = -100
-        self.mask = (torch.rand(BATCH, LENGTH) < 0.6).to(dtype)
-        self.weights = torch.rand(BATCH, LENGTH).to(dtype)
-        self.trained = torch.tensor(1.3, dtype=dtype)
-        for tensor in (self.x, self.w, self.b, self.trained):
-            tensor.requires_grad_()
+        super().__init__(dtype)
+        self.teacher = torch.randn(*BATCH, CLASSES).to(dtype)
+        self.weights = self.mask
+        self.mask = (torch.rand(BATCH) < 0.6).to(dtype)
 
     def logits(self) -> Tensor:
         return F.linear(self.x, self.w, self.b)
@@ -44,52 +41,41 @@ Function = Callable[[Inputs], Any]
 
 
 def ce(i: Inputs, **options: Any) -> Tensor:
-    """Losses of tokens, `(BATCH * LENGTH,)`."""
+    """Losses of tokens, `(TOKENS,)`."""
     z = i.logits().view(-1, CLASSES)
     return F.cross_entropy(z, i.y.view(-1), reduction="none", **options)
 
 
 def kl(i: Inputs) -> Tensor:
-    """Divergences of tokens, `(BATCH, LENGTH)`."""
+    """Divergences of tokens, `BATCH`."""
     p = F.log_softmax(i.logits(), -1)
     return F.kl_div(p, F.softmax(i.teacher, -1), reduction="none").sum(-1)
 
 
-def log_probs(i: Inputs) -> Tensor:
-    y = i.y.clamp(min=0)
-    return i.logits().log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
-
-
-def picked_logits(i: Inputs) -> Tensor:
-    """Log-probabilities from logits and their log-sum-exps."""
-    z, y = i.logits(), i.y.clamp(min=0)
-    return z.gather(-1, y.unsqueeze(-1)).squeeze(-1) - z.logsumexp(-1)
-
-
 def mask_made_late(i: Inputs) -> Tensor:
-    losses = ce(i).view(BATCH, LENGTH)
+    losses = ce(i).view(BATCH)
     mask = (i.y != -100) & (i.weights > 0.3)
     return (losses * mask).sum() / mask.sum()
 
 
 def mean_of_means(i: Inputs) -> Tensor:
-    losses = ce(i).view(BATCH, LENGTH) * i.mask
+    losses = ce(i).view(BATCH) * i.mask
     return (losses.sum(1) / i.mask.sum(1).clamp(min=1)).mean()
 
 
 def shifted(i: Inputs) -> Tensor:
-    losses = ce(i).view(BATCH, LENGTH)
+    losses = ce(i).view(BATCH)
     return (losses[:, :-1] * i.weights[:, 1:]).sum() / i.weights[:, 1:].sum()
 
 
 def chosen(i: Inputs) -> Tensor:
-    losses = ce(i).view(BATCH, LENGTH)
+    losses = ce(i).view(BATCH)
     losses = torch.where(i.mask > 0, losses, torch.zeros_like(losses))
     return losses.masked_fill(i.weights < 0.2, 0.0).mean()
 
 
 def both_ways(i: Inputs) -> Tensor:
-    losses = ce(i).view(BATCH, LENGTH)
+    losses = ce(i).view(BATCH)
     return (losses * i.mask - 0.5 * losses + losses / 3).t().sum(0, keepdim=True).sum()
 
 
@@ -101,7 +87,7 @@ def logged(i: Inputs) -> tuple[Tensor, Tensor]:
 
 def mixed(i: Inputs) -> Tensor:
     """Two losses of each token, by one mask."""
-    losses = 0.3 * ce(i).view(BATCH, LENGTH) + 0.7 * kl(i)
+    losses = 0.3 * ce(i).view(BATCH) + 0.7 * kl(i)
     return (losses * i.mask).sum() / i.mask.sum()
 
 
@@ -109,7 +95,7 @@ def beside(i: Inputs) -> Tensor:
     z = i.logits().view(-1, CLASSES)
     plain = F.cross_entropy(z, i.y.view(-1))
     p = F.log_softmax(z, -1)
-    values = F.kl_div(p, F.softmax(i.teacher.view(-1, CLASSES), -1), reduction="none").sum(-1)
+    values = F.kl_div(p, F.softmax(flat(i.teacher), -1), reduction="none").sum(-1)
     return plain + 0.5 * (values * i.mask.view(-1)).mean()
 
 
@@ -128,14 +114,16 @@ FORMS: dict[str, Function] = {
     "class weights and smoothing": lambda i: (
         ce(i, weight=i.b.detach().abs(), label_smoothing=0.1) * i.weights.view(-1)
     ).mean(),
-    "scaled by what is trained": lambda i: (ce(i) * i.mask.view(-1)).sum() * i.trained.exp(),
-    "inside a larger loss": lambda i: (kl(i) * i.weights).sum().square() + i.trained,
+    "scaled by what is trained": lambda i: (ce(i) * i.mask.view(-1)).sum() * i.temperature.exp(),
+    "inside a larger loss": lambda i: (kl(i) * i.weights).sum().square() + i.temperature,
     "divergence": lambda i: (kl(i) * i.mask).sum() / i.mask.sum(),
     "picked": lambda i: kl(i)[i.mask > 0].mean(),
-    "picked and weighed": lambda i: (ce(i).view(BATCH, LENGTH)[i.mask > 0] * 0.5).sum() / COUNT,
+    "picked and weighed": lambda i: (ce(i).view(BATCH)[i.mask > 0] * 0.5).sum() / TOKENS,
     "picked by sequence": lambda i: kl(i)[i.mask.sum(1) > 3].mean(),
-    "log-probabilities": lambda i: -(log_probs(i) * i.mask).sum() / i.mask.sum(),
-    "logits less log-sum-exp": lambda i: -(picked_logits(i) * i.mask).sum() / i.mask.sum(),
+    "log-probabilities": lambda i: -(log_probs(i.logits(), i.known) * i.mask).sum() / i.mask.sum(),
+    "logits less log-sum-exp": lambda i: (
+        -(selected(i.logits(), i.known) * i.mask).sum() / i.mask.sum()
+    ),
     "two losses of each token": mixed,
     "beside another loss": beside,
 }
@@ -148,18 +136,6 @@ def picks_rows() -> Any:
         yield
 
 
-def run(function: Function, inputs: Inputs, upstream: float = 1.0) -> list[Tensor]:
-    """All results, and the gradients of what has one."""
-    leaves = [inputs.x, inputs.w, inputs.b, inputs.trained]
-    for tensor in leaves:
-        tensor.grad = None
-    result = function(inputs)
-    results = result if isinstance(result, tuple) else (result,)
-    (results[0] * upstream).backward()
-    gradients = [t.grad.clone() for t in leaves if t.grad is not None]
-    return [*(r.detach() for r in results), *gradients]
-
-
 def operators(function: Function, inputs: Inputs) -> list[str]:
     """The operators of the one graph of a function after the passes."""
     names = [str(node.target) for node in rewritten(function, inputs).nodes]
@@ -169,19 +145,13 @@ def operators(function: Function, inputs: Inputs) -> list[str]:
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_are_made_in_the_forward_and_are_eagers(form: str) -> None:
     inputs = Inputs()
-    expected = run(FORMS[form], inputs, 3.0)
-    function, records = compiled(FORMS[form], chunk_rows=5)
-    actual = run(function, inputs, 3.0)
-    (record,) = records
+    record = assert_as_eager(FORMS[form], inputs, 3.0, chunk_rows=5)
     assert record.rewrites["weigh_rows"] >= 1, record.remarks
-    assert len(actual) == len(expected)
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
     assert set(operators(FORMS[form], inputs)) <= set(WEIGHTED)
 
 
 def nonlinear(i: Inputs) -> Tensor:
-    return -F.logsigmoid((log_probs(i) * i.mask).sum(-1)).mean()
+    return -F.logsigmoid((log_probs(i.logits(), i.known) * i.mask).sum(-1)).mean()
 
 
 def two_scalars(i: Inputs) -> Tensor:
@@ -190,7 +160,7 @@ def two_scalars(i: Inputs) -> Tensor:
 
 
 def trained_weights(i: Inputs) -> Tensor:
-    return (ce(i) * (i.weights * i.trained).view(-1)).sum()
+    return (ce(i) * (i.weights * i.temperature).view(-1)).sum()
 
 
 def focal(i: Inputs) -> Tensor:
@@ -226,15 +196,9 @@ DECLINED: dict[str, tuple[Function, str]] = {
 @pytest.mark.parametrize("form", DECLINED)
 def test_where_weights_are_not_known_the_rows_stay_and_a_remark_says_why(form: str) -> None:
     plain, reason = DECLINED[form]
-    inputs = Inputs()
-    expected = run(plain, inputs)
-    function, records = compiled(plain, chunk_rows=5)
-    actual = run(function, inputs)
-    (record,) = records
+    record = assert_as_eager(plain, Inputs(), chunk_rows=5)
     assert record.rewrites["chunk_losses"] >= 1
     assert_declined(record, reason, "weigh_rows")
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
 
 
 def test_without_gradients_rows_are_left_alone() -> None:
@@ -248,22 +212,14 @@ def test_without_gradients_rows_are_left_alone() -> None:
 @pytest.mark.parametrize("form", ["times a mask", "picked", "mean of means", "mixed"])
 def test_low_precision_is_as_near_to_float64_as_eager_is(form: str, dtype: torch.dtype) -> None:
     plain = mixed if form == "mixed" else FORMS[form]
-    function, records = compiled(plain, chunk_rows=5)
-
-    def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        inputs = Inputs(dtype)
-        exact = run(plain, converted(inputs, torch.float64))
-        return run(function, inputs), exact, run(plain, inputs)
-
-    assert_draws_within_reference_error(draw, 20)
-    assert records[0].rewrites["weigh_rows"] >= 1
+    record = assert_near_float64(plain, lambda: Inputs(dtype), 20, chunk_rows=5)
+    assert record.rewrites["weigh_rows"] >= 1
 
 
 def test_two_runs_are_bitwise_equal() -> None:
     inputs = Inputs(torch.bfloat16)
     function, _ = compiled(mixed, chunk_rows=5)
-    first, second = run(function, inputs), run(function, inputs)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert_same_bits(run(function, inputs), run(function, inputs))
 
 
 @pytest.mark.parametrize("form", ["times a mask", "picked", "mask made late", "divergence"])
@@ -303,11 +259,6 @@ def test_weights_far_from_one_lose_nothing_in_float16() -> None:
 
 @pytest.mark.parametrize(("form", "weighed"), [("two scalars", 0), ("means", 1), ("picked", 1)])
 def test_lengths_change_without_a_recompilation(form: str, weighed: int) -> None:
-    frames: list[GraphRecord] = []
-
-    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        return compile_graph(gm, inputs, read_options(options()), frames.append)
-
     def function(x: Tensor, y: Tensor, mask: Tensor, i: Inputs) -> Tensor:
         z = F.linear(x, i.w)
         losses = F.cross_entropy(z.view(-1, CLASSES), y.view(-1), reduction="none").view_as(y)
@@ -319,18 +270,17 @@ def test_lengths_change_without_a_recompilation(form: str, weighed: int) -> None
         return per_sequence.mean() + (losses * mask).sum() / mask.sum()
 
     i = Inputs()
-    torch._dynamo.reset()
-    compiled = torch.compile(function, backend=backend, dynamic=True)
+    own, records = compiled(function, dynamic=True)
     for length in (5, 3, 4):
         x, y, mask = (v[:, :length].contiguous().detach() for v in (i.x, i.y, i.mask))
         results = []
-        for run in (compiled, function):
-            own = x.clone().requires_grad_()
-            loss = run(own, y, mask, i)
-            results.append((loss, *torch.autograd.grad(loss, (own, i.w))))
+        for f in (own, function):
+            hidden = x.clone().requires_grad_()
+            loss = f(hidden, y, mask, i)
+            results.append((loss, *torch.autograd.grad(loss, (hidden, i.w))))
         for a, e in zip(*results, strict=True):
             torch.testing.assert_close(a, e)
-    (record,) = frames
+    (record,) = records
     assert record.rewrites["weigh_rows"] == weighed, record.remarks
 
 
@@ -361,9 +311,5 @@ def test_torch_finds_the_operators_in_order() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_it_allocates_is_what_the_formula_says(dtype: torch.dtype) -> None:
     args = arguments(128, 3000, 16, dtype)
-    weighted_rows.CROSS_ENTROPY(*args)
-    with Meter("cpu") as meter:
-        result = weighted_rows.CROSS_ENTROPY(*args)
-    measured = meter.peak_bytes - meter.end_bytes
-    assert abs(linear_cross_entropy.scratch_bytes(*args) - measured) <= measured // 100 + 4096
-    del result
+    formula_bytes = linear_cross_entropy.scratch_bytes(*args)
+    assert_scratch_is(formula_bytes, lambda: weighted_rows.CROSS_ENTROPY(*args))

@@ -8,9 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memopt.record import GraphRecord
-from tests.passes.compiling import assert_close, compiled
-
 T = 2.0
 BATCH, LENGTH, CLASSES = 4, 6, 307
 
@@ -46,23 +43,6 @@ class Inputs:
 
 
 Function = Callable[[Inputs], Any]
-
-
-def run(function: Function, inputs: Inputs) -> list[Tensor]:
-    """The loss, and the gradients of what has one."""
-    for tensor in inputs.trained:
-        tensor.grad = None
-    loss = function(inputs)
-    loss.backward()
-    return [loss.detach(), *(t.grad.clone() for t in inputs.trained if t.grad is not None)]
-
-
-def assert_as_eager(function: Function, inputs: Inputs, **chunk: Any) -> GraphRecord:
-    """Compiled, it gives eager's loss and gradients; what is said of its one graph."""
-    own, records = compiled(function, **chunk)
-    assert_close(run(own, inputs), run(function, inputs))
-    (record,) = records
-    return record
 
 
 def flat(z: Tensor) -> Tensor:
