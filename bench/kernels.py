@@ -81,10 +81,8 @@ def one_line(row: Row) -> str:
 
 def describe(spec: KernelSpec, arguments: Arguments) -> str:
     """The arguments by name: shapes of tensors, and other values that are not 0 or None."""
-    namespace, name = spec.name.split("::")
-    schema = getattr(getattr(torch.ops, namespace), name).default._schema
     words = []
-    for parameter, value in zip(schema.arguments, arguments, strict=True):
+    for parameter, value in zip(spec.operator._schema.arguments, arguments, strict=True):
         if isinstance(value, Tensor):
             if value.numel():
                 words.append(f"{parameter.name} {'x'.join(map(str, value.shape))}")

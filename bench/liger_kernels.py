@@ -7,7 +7,7 @@ where liger has no such form. What its autograd would do besides is left out.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+from memopt.kernels import norm
 
 Run = Callable[[], Any]
 Peer = Callable[..., Run | None]
@@ -18,17 +18,10 @@ def _casting(offset: float) -> str:
     return "gemma" if offset else "llama"
 
 
-def _norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    offset: float,
-    centred: bool,
-) -> Run | None:
+def _norm(*args: Any) -> Run | None:
     from liger_kernel.ops import fused_add_rms_norm, layer_norm, rms_norm
 
+    x, residual, weight, bias, eps, offset, centred = norm.Arguments(*args)
     if centred:
         if residual is not None or weight is None or bias is None or offset:
             return None
@@ -44,20 +37,11 @@ def _norm(
     return lambda: forward(x, residual, weight, eps, offset, casting)
 
 
-def _norm_backward(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    total: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    offset: float,
-    wanted: list[bool],
-    again: bool,
-) -> Run | None:
+def _norm_backward(*args: Any) -> Run | None:
     from liger_kernel.ops import fused_add_rms_norm, layer_norm, rms_norm
 
+    a = norm.BackwardArguments(*args)
+    dy, dtotal, total, weight, bias, mean, rstd, offset, wanted, again = a
     if again:
         return None
     rows = (dy.reshape(-1, dy.shape[-1]), total.reshape(-1, total.shape[-1]))

@@ -20,45 +20,22 @@ _DIVERGENCES = [f"memopt.linear_divergence{form}" for form in _FORMS]
 
 @functools.cache
 def scratch_table() -> Mapping[str, Callable[..., int]]:
-    """What each operator allocates besides its results, in bytes, from its arguments."""
-    from memopt.kernels import (
-        bits,
-        contrastive,
-        divergence,
-        embedding_gradient,
-        gated,
-        gated_packed,
-        linear_cross_entropy,
-        masking,
-        norm,
-        quantise,
-        rotary,
-        softmax,
-    )
+    """What each operator allocates besides its results, in bytes, from its arguments.
 
+    A kernel says so in its spec; those that are several operators in one are listed here.
+    """
+    from memopt.kernels import contrastive, divergence, embedding_gradient, linear_cross_entropy
+
+    stated = {spec.name.replace("::", "."): spec.scratch for spec in specs()}
     return {
+        **stated,
+        "memopt.rotary_": stated["memopt.rotary"],
         **dict.fromkeys(_CROSS_ENTROPIES, linear_cross_entropy.scratch_bytes),
         "memopt.linear_cross_entropy_": linear_cross_entropy.scratch_bytes,
         **dict.fromkeys(_DIVERGENCES, divergence.scratch_bytes),
         "memopt.contrastive": contrastive.scratch_bytes,
         "memopt.embedding_gradient": embedding_gradient.scratch_bytes,
         "memopt.embedding_rows": embedding_gradient.rows_scratch_bytes,
-        "memopt.gated": gated.scratch_bytes,
-        "memopt.gated_backward": gated.backward_scratch_bytes,
-        "memopt.gated_packed": gated_packed.scratch_bytes,
-        "memopt.gated_packed_backward": gated_packed.backward_scratch_bytes,
-        "memopt.norm": norm.scratch_bytes,
-        "memopt.norm_backward": norm.backward_scratch_bytes,
-        **dict.fromkeys(("memopt.rotary", "memopt.rotary_"), rotary.scratch_bytes),
-        "memopt.pack_bits": bits.pack_scratch_bytes,
-        "memopt.unpack_bits": bits.unpack_scratch_bytes,
-        "memopt.apply_bits": bits.apply_scratch_bytes,
-        "memopt.dropout_bits": masking.dropout_scratch_bytes,
-        "memopt.relu_bits": masking.relu_scratch_bytes,
-        "memopt.quantise": quantise.scratch_bytes,
-        "memopt.dequantise": quantise.dequantise_scratch_bytes,
-        "memopt.softmax": softmax.scratch_bytes,
-        "memopt.softmax_backward": softmax.backward_scratch_bytes,
     }
 
 

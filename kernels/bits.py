@@ -22,7 +22,8 @@ from memopt._torch import size_hint
 from memopt.errors import ConfigError
 from memopt.kernels.row_views import copied_bytes
 from memopt.kernels.serving import launched, serves
-from memopt.kernels.spec import Arguments, KernelSpec, Results
+from memopt.kernels.spec import Arguments, KernelSpec, Results, drawn
+from memopt.kernels.wide import wide_bytes, wide_copy, wide_dtype
 
 torch.library.define("memopt::pack_bits", "(Tensor mask) -> Tensor")
 torch.library.define("memopt::unpack_bits", "(Tensor bits, SymInt[] shape) -> Tensor")
@@ -98,12 +99,6 @@ def _apply(dy: Tensor, bits: Tensor, factor: float) -> Results:
     return (dx.masked_fill_(kept.logical_not_(), 0.0).to(dy.dtype),)
 
 
-def wide_copy(t: Tensor) -> Tensor:
-    """Contiguous, in float32 or wider, for what is done in place."""
-    wide = torch.promote_types(t.dtype, torch.float32)
-    return t.to(wide, copy=True, memory_format=torch.contiguous_format)
-
-
 def check_mask(mask: Tensor) -> None:
     """Raise ``ConfigError`` for what is no mask."""
     if mask.dtype != torch.bool:
@@ -119,15 +114,16 @@ def check_bits(bits: Tensor, entries: int) -> None:
         )
 
 
-def _fake_pack(mask: Tensor) -> Tensor:
-    return mask.new_empty(bytes_of(mask.numel()), dtype=torch.uint8)
+def unwritten_bits(of: Tensor, *_: Any) -> Tensor:
+    """Room for a bit for each entry."""
+    return of.new_empty(bytes_of(of.numel()), dtype=torch.uint8)
 
 
-def _fake_unpack(bits: Tensor, shape: list[int]) -> Tensor:
+def _unwritten_mask(bits: Tensor, shape: list[int]) -> Tensor:
     return bits.new_empty(shape, dtype=torch.bool)
 
 
-def _fake_apply(dy: Tensor, bits: Tensor, factor: float) -> Tensor:
+def _unwritten_product(dy: Tensor, bits: Tensor, factor: float) -> Tensor:
     return dy.new_empty(dy.shape)
 
 
@@ -140,42 +136,34 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     return APPLY_BITS(g, *ctx.saved_tensors, ctx.factor), None, None
 
 
-torch.library.register_fake("memopt::pack_bits", _fake_pack)
-torch.library.register_fake("memopt::unpack_bits", _fake_unpack)
-torch.library.register_fake("memopt::apply_bits", _fake_apply)
+torch.library.register_fake("memopt::pack_bits", unwritten_bits)
+torch.library.register_fake("memopt::unpack_bits", _unwritten_mask)
+torch.library.register_fake("memopt::apply_bits", _unwritten_product)
 torch.library.register_autograd("memopt::apply_bits", _backward, setup_context=_save)
 
 
-def pack_scratch_bytes(mask: Tensor) -> int:
-    """What ``pack_bits`` allocates besides its result, in bytes, at most."""
+def _pack_scratch(mask: Tensor) -> int:
     if serves(mask):
         return copied_for_bits(mask)
     entries = size_hint(mask.numel())
     return copied_bytes(mask, dense=True) + entries * (2 if entries % 8 else 1)
 
 
-def unpack_scratch_bytes(bits: Tensor, shape: list[Any]) -> int:
-    """What ``unpack_bits`` allocates besides its result, in bytes, at most."""
+def _unpack_scratch(bits: Tensor, shape: list[Any]) -> int:
     return 0 if serves(bits) else 8 * size_hint(bits.numel())
 
 
-def apply_scratch_bytes(dy: Tensor, bits: Tensor, factor: float) -> int:
-    """What ``apply_bits`` allocates besides its result, in bytes, at most."""
+def _apply_scratch(dy: Tensor, bits: Tensor, factor: float) -> int:
     if serves(dy):
         return copied_for_bits(dy)
-    widened = 4 if dy.element_size() < 4 else 0
-    return size_hint(dy.numel()) * (1 + widened)
+    widened = 0 if dy.dtype == wide_dtype(dy) else wide_bytes(dy)
+    return size_hint(dy.numel()) + widened
 
 
 def copied_for_bits(t: Tensor) -> int:
     """What the kernels allocate to read a tensor, in bytes: rows of whole bytes may have gaps."""
     in_rows = t.dim() > 0 and size_hint(t.shape[-1]) % 8 == 0
     return copied_bytes(t, dense=not in_rows)
-
-
-def drawn(*shape: int, dtype: torch.dtype) -> Tensor:
-    """A sample's numbers."""
-    return torch.randn(shape).to(dtype)
 
 
 def _pack_samples(dtype: torch.dtype) -> Iterator[Arguments]:
@@ -203,6 +191,7 @@ PACK_SPEC = KernelSpec(
     name="memopt::pack_bits",
     plain=pack,
     launch=launched("triton_bits", "pack"),
+    scratch=_pack_scratch,
     samples=_pack_samples,
     source="doi:10.1109/ISCA.2018.00070",
 )
@@ -210,6 +199,7 @@ UNPACK_SPEC = KernelSpec(
     name="memopt::unpack_bits",
     plain=unpack,
     launch=launched("triton_bits", "unpack"),
+    scratch=_unpack_scratch,
     samples=_unpack_samples,
     source=PACK_SPEC.source,
 )
@@ -217,6 +207,7 @@ APPLY_SPEC = KernelSpec(
     name="memopt::apply_bits",
     plain=_apply,
     launch=launched("triton_bits", "apply"),
+    scratch=_apply_scratch,
     samples=_apply_samples,
     source=PACK_SPEC.source,
 )

@@ -9,16 +9,17 @@ Legend: ``N`` tokens, ``H`` hidden size, ``V`` vocabulary, ``C`` rows of a chunk
 block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from memopt.kernels.blocks import block_rows, pieces
-from memopt.kernels.head import MAX_ROUNDINGS, Gradients, Head
+from memopt.kernels.head import MAX_ROUNDINGS, Gradients, Head, Sizes
 from memopt.kernels.rows import CrossEntropy, IndexTargets, RowLoss, log_sum_exp
-from memopt.kernels.serving import serves
+from memopt.kernels.serving import launched, serves
 
+_row_kernel: Callable[..., tuple[Tensor, Tensor]] = launched("triton_rows", "run")
 # Numbers per row of a chunk that a row loss holds at most: values, normalisers, targets, factors.
 _VECTORS = 9
 
@@ -76,31 +77,16 @@ def run_chunks(
     return values, lse, gradients.results(head)
 
 
-def scratch_bytes(
-    rows: int,
-    width: int,
-    classes: int,
-    dtype: torch.dtype,
-    chunk_rows: int,
-    *,
-    blocks: int,
-    held: int,
-    wanted: Sequence[bool],
-) -> int:
+def scratch_bytes(sizes: Sizes, chunk_rows: int, *, blocks: int, held: int) -> int:
     """What ``run_chunks`` allocates at most at a time, its results left out.
 
     Args:
-        rows: ``N``.
-        width: ``H``.
-        classes: ``V``.
-        dtype: of the hidden states and the weight.
+        sizes: of the head.
         chunk_rows: rows of a chunk.
         blocks: tensors of the size of a block that a row loss and the head hold at a time.
         held: how many of them are there during the products too.
-        wanted: whether the gradients of the hidden states, the weight and the bias are; none
-            where there is no upstream gradient.
     """
-    of_x, of_weight, _ = wanted
+    rows, width, classes, dtype, (of_x, of_weight, _) = sizes
     half, itemsize = dtype == torch.float16, dtype.itemsize
     size, wide = min(chunk_rows, rows), max(4, itemsize)
     block = min(size, block_rows(classes, wide)) * classes * wide
@@ -161,11 +147,9 @@ def run_rows(
         block_RV = softmax_block(head, loss, raw_CV, trained=g_N is not None)
     chunk = loss.at(rows)
     if has_row_kernel(type(loss), raw_CV):
-        from memopt.kernels import triton_rows  # here, because Triton is optional
-
         assert isinstance(chunk, IndexTargets)
         g_C, h_C = (None if t is None else t[rows] for t in (g_N, h_N))
-        return triton_rows.run(raw_CV, chunk, head.scale, head.softcap, g_C, h_C)
+        return _row_kernel(raw_CV, chunk, head.scale, head.softcap, g_C, h_C)
     values, normalisers = [], []
     for part in pieces(len(raw_CV), block_rows(raw_CV.shape[1], head.wide.itemsize)):
         own, block, raw = _rows_of(rows, part), chunk.at(part), raw_CV[part]

@@ -1,6 +1,6 @@
 """How the kernels of `triton_cut` are launched: their tiles, and what they are given.
 
-All of it needs Triton, so `cut_cross_entropy` imports it where it runs.
+All of it needs Triton.
 """
 
 from dataclasses import dataclass, replace

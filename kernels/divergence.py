@@ -29,7 +29,7 @@ from memopt.kernels import forward_gradients, inputs
 from memopt.kernels.chunks import run_chunks
 from memopt.kernels.chunks import scratch_bytes as chunks_scratch_bytes
 from memopt.kernels.forward_gradients import refuse_double_backward
-from memopt.kernels.head import HALF_UNIT, Head
+from memopt.kernels.head import HALF_UNIT, Head, Sizes
 from memopt.kernels.rows import RowLoss
 from memopt.kernels.teachers import FromHead, FromLogits, blocks
 
@@ -205,19 +205,23 @@ def scratch_bytes(*args: Any) -> int:
     """
     a = Arguments(*args[: len(Arguments._fields)])
     trained = any(a.wanted) and len(args) > len(a)  # the rows' forward makes no gradients
-    rows, width = (size_hint(d) for d in a.x.shape)
-    classes, wide = size_hint(a.weight.shape[0]), a.student.wide.itemsize
+    sizes, wide = Sizes.of(a.x, a.weight, a.wanted if trained else ()), a.student.wide.itemsize
     apart = a.x.dtype != a.student.wide
     of_teacher = 0
     if a.teacher_weight is not None:
-        entries = classes + size_hint(a.teacher_x.shape[1])
-        of_teacher = min(rows, a.chunk_rows) * entries * a.teacher_x.element_size()
-    targets = rows * (8 + wide * (2 if trained else 1))
-    return of_teacher + targets + chunks_scratch_bytes(
-        rows, width, classes, a.x.dtype, a.chunk_rows,
-        blocks=trained + apart + blocks(a.beta, cross=a.cross), held=trained,
-        wanted=a.wanted if trained else (False, False, False),
-    )  # fmt: skip
+        entries = sizes.classes + size_hint(a.teacher_x.shape[1])
+        of_teacher = min(sizes.rows, a.chunk_rows) * entries * a.teacher_x.element_size()
+    targets = sizes.rows * (8 + wide * (2 if trained else 1))
+    return (
+        of_teacher
+        + targets
+        + chunks_scratch_bytes(
+            sizes,
+            a.chunk_rows,
+            blocks=trained + apart + blocks(a.beta, cross=a.cross),
+            held=trained,
+        )
+    )
 
 
 def reduced_divergence(

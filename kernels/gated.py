@@ -27,12 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memopt._torch import size_hint
 from memopt.errors import ConfigError
 from memopt.kernels.inputs import one_of
 from memopt.kernels.row_views import copied_bytes
-from memopt.kernels.serving import serves
-from memopt.kernels.spec import Arguments, KernelSpec, Results
+from memopt.kernels.serving import launched, serves
+from memopt.kernels.spec import Arguments, KernelSpec, Results, drawn
+from memopt.kernels.wide import own_bytes, wide, wide_bytes, wide_dtype
 
 _TANH = 2 * math.sqrt(2 / math.pi)
 # x * sigmoid(a x + b x^3), as 1 + tanh(z) is 2 sigmoid(2 z).
@@ -78,10 +78,6 @@ def check(gate: Tensor, up: Tensor, activation: str) -> None:
         )
 
 
-def _wide(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
 def _slope(x: Tensor, activation: str) -> Tensor:
     """The activation's derivative. What is no number keeps a ReLU's gradient, as in PyTorch."""
     if activation in SIGMOIDAL:
@@ -116,7 +112,7 @@ def plain(gate: Tensor, up: Tensor, activation: str) -> Results:
         ConfigError: the activation is not known, or gate and up differ in shape or dtype.
     """
     check(gate, up, activation)
-    y = _FUNCTIONS[activation](_wide(gate)) * _wide(up)
+    y = _FUNCTIONS[activation](wide(gate)) * wide(up)
     return (y.to(gate.dtype).contiguous(),)
 
 
@@ -138,7 +134,7 @@ def plain_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str, again:
     """
     check(gate, up, activation)
     dtype = gate.dtype
-    dy, gate, up = (_wide(t) for t in (dy, gate, up))
+    dy, gate, up = map(wide, (dy, gate, up))
     value = _FUNCTIONS[activation](gate)
     y = (value * up).to(dtype).contiguous() if again else gate.new_empty(0, dtype=dtype)
     dup = (dy * value).to(dtype).contiguous()
@@ -148,14 +144,16 @@ def plain_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str, again:
     return dgate.to(dtype).contiguous(), dup, y
 
 
-def fake(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """What ``gated`` returns, without numbers."""
+def unwritten(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """Room for what ``gated`` returns, of what it does not refuse."""
     check(gate, up, activation)
     return gate.new_empty(gate.shape)
 
 
-def fake_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str, again: bool) -> Results:
-    """What ``gated_backward`` returns, without numbers."""
+def unwritten_backward(
+    dy: Tensor, gate: Tensor, up: Tensor, activation: str, again: bool
+) -> Results:
+    """Room for what ``gated_backward`` returns, of what it does not refuse."""
     check(gate, up, activation)
     shapes = (gate.shape, gate.shape, gate.shape if again else 0)
     return tuple(gate.new_empty(shape) for shape in shapes)
@@ -173,49 +171,28 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return dgate, dup, None
 
 
-torch.library.register_fake("memopt::gated", fake)
-torch.library.register_fake("memopt::gated_backward", fake_backward)
+torch.library.register_fake("memopt::gated", unwritten)
+torch.library.register_fake("memopt::gated_backward", unwritten_backward)
 torch.library.register_autograd("memopt::gated", _backward, setup_context=_save)
 
 
-def scratch_bytes(gate: Tensor, up: Tensor, activation: str) -> int:
-    """What ``gated`` allocates besides its result, in bytes, at most."""
+def _scratch(gate: Tensor, up: Tensor, activation: str) -> int:
     return copied_bytes(gate, up) if serves(gate) else _plain_bytes(gate, casts=1, steps=2)
 
 
-def backward_scratch_bytes(
-    dy: Tensor, gate: Tensor, up: Tensor, activation: str, again: bool
-) -> int:
-    """What ``gated_backward`` allocates besides its results, in bytes, at most."""
-    inputs = dy, gate, up
-    return copied_bytes(*inputs) if serves(gate) else _plain_bytes(gate, casts=3, steps=6)
+def _backward_scratch(dy: Tensor, gate: Tensor, up: Tensor, activation: str, again: bool) -> int:
+    return copied_bytes(dy, gate, up) if serves(gate) else _plain_bytes(gate, casts=3, steps=6)
 
 
 def _plain_bytes(x: Tensor, *, casts: int, steps: int) -> int:
     """Of inputs in float32 and of steps between, where the last of them becomes a result."""
-    entries, itemsize = size_hint(x.numel()), x.element_size()
-    wide = max(4, itemsize)
-    return entries * (wide * (steps + (casts if itemsize < wide else 0)) - itemsize)
-
-
-def _launch(*args: Any) -> Results:
-    from memopt.kernels import triton_gated  # here, because Triton is optional
-
-    return triton_gated.forward(*args)
-
-
-def _launch_backward(*args: Any) -> Results:
-    from memopt.kernels import triton_gated
-
-    return triton_gated.backward(*args)
+    tensors = steps if x.dtype == wide_dtype(x) else steps + casts
+    return tensors * wide_bytes(x) - own_bytes(x)
 
 
 def _samples(dtype: torch.dtype) -> Iterator[Arguments]:
     """Llama's, two halves of one tensor, BERT's GELU; then every activation, and odd layouts."""
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape).to(dtype)
-
+    draw = partial(drawn, dtype=dtype)
     yield draw(4, 16, 512), draw(4, 16, 512), "silu"
     yield *draw(2, 16, 2048).chunk(2, -1), "gelu_tanh"
     yield draw(32, 1024), draw(32, 1024), "gelu"
@@ -235,14 +212,16 @@ def _backward_samples(dtype: torch.dtype) -> Iterator[Arguments]:
 SPEC = KernelSpec(
     name="memopt::gated",
     plain=plain,
-    launch=_launch,
+    launch=launched("triton_gated", "forward"),
+    scratch=_scratch,
     samples=_samples,
     source="arXiv:2002.05202, arXiv:2109.08668, arXiv:1606.08415",
 )
 BACKWARD_SPEC = KernelSpec(
     name="memopt::gated_backward",
     plain=plain_backward,
-    launch=_launch_backward,
+    launch=launched("triton_gated", "backward"),
+    scratch=_backward_scratch,
     samples=_backward_samples,
     source="arXiv:2410.10989",
 )

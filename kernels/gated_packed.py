@@ -14,6 +14,7 @@ Legend: ``F`` width of the hidden layer.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from memopt.errors import ConfigError
 from memopt.kernels import gated
-from memopt.kernels.spec import Arguments, KernelSpec, Results
+from memopt.kernels.serving import launched
+from memopt.kernels.spec import Arguments, KernelSpec, Results, drawn
 
 torch.library.define(
     "memopt::gated_packed", "(Tensor x, str activation, bool gate_last) -> Tensor"
@@ -86,15 +88,17 @@ def _plain_backward(
     return torch.cat((dup, dgate) if gate_last else (dgate, dup), -1), y
 
 
-def _fake(x: Tensor, activation: str, gate_last: bool) -> Tensor:
-    return gated.fake(*halves(x, gate_last), activation)
+def _unwritten(x: Tensor, activation: str, gate_last: bool) -> Tensor:
+    return gated.unwritten(*halves(x, gate_last), activation)
 
 
-def _fake_backward(
+def unwritten_backward(
     dy: Tensor, x: Tensor, activation: str, gate_last: bool, again: bool
 ) -> Results:
-    *_, y = gated.fake_backward(dy, *halves(x, gate_last), activation, again)
-    return x.new_empty(x.shape), y
+    """Room for what ``gated_packed_backward`` returns, of what it does not refuse."""
+    gate, up = halves(x, gate_last)
+    gated.check(gate, up, activation)
+    return x.new_empty(x.shape), x.new_empty(gate.shape if again else 0)
 
 
 def _save(ctx: Any, inputs: Arguments, output: Tensor) -> None:
@@ -109,41 +113,22 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return dx, None, None
 
 
-torch.library.register_fake("memopt::gated_packed", _fake)
-torch.library.register_fake("memopt::gated_packed_backward", _fake_backward)
+torch.library.register_fake("memopt::gated_packed", _unwritten)
+torch.library.register_fake("memopt::gated_packed_backward", unwritten_backward)
 torch.library.register_autograd("memopt::gated_packed", _backward, setup_context=_save)
 
 
-def scratch_bytes(x: Tensor, activation: str, gate_last: bool) -> int:
-    """What ``gated_packed`` allocates besides its result, in bytes, at most."""
-    return gated.scratch_bytes(*halves(x, gate_last), activation)
+def _scratch(x: Tensor, activation: str, gate_last: bool) -> int:
+    return gated.SPEC.scratch(*halves(x, gate_last), activation)
 
 
-def backward_scratch_bytes(
-    dy: Tensor, x: Tensor, activation: str, gate_last: bool, again: bool
-) -> int:
-    """What ``gated_packed_backward`` allocates besides its results, in bytes, at most."""
-    return gated.backward_scratch_bytes(dy, *halves(x, gate_last), activation, again)
-
-
-def _launch(*args: Any) -> Results:
-    from memopt.kernels import triton_gated  # here, because Triton is optional
-
-    return triton_gated.packed_forward(*args)
-
-
-def _launch_backward(*args: Any) -> Results:
-    from memopt.kernels import triton_gated
-
-    return triton_gated.packed_backward(*args)
+def _backward_scratch(dy: Tensor, x: Tensor, activation: str, gate_last: bool, again: bool) -> int:
+    return gated.BACKWARD_SPEC.scratch(dy, *halves(x, gate_last), activation, again)
 
 
 def _samples(dtype: torch.dtype) -> Iterator[Arguments]:
     """Phi-3's, one with the gate last, a width of no power of two; then odd layouts."""
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape).to(dtype)
-
+    draw = partial(drawn, dtype=dtype)
     yield draw(2, 16, 2 * 1024), "silu", False
     yield draw(32, 2 * 512), "gelu_tanh", True
     yield draw(16, 2 * 1536), "gelu", False
@@ -163,14 +148,16 @@ def _backward_samples(dtype: torch.dtype) -> Iterator[Arguments]:
 SPEC = KernelSpec(
     name="memopt::gated_packed",
     plain=_plain,
-    launch=_launch,
+    launch=launched("triton_gated", "packed_forward"),
+    scratch=_scratch,
     samples=_samples,
     source=f"{gated.SPEC.source}, arXiv:2102.11972",
 )
 BACKWARD_SPEC = KernelSpec(
     name="memopt::gated_packed_backward",
     plain=_plain_backward,
-    launch=_launch_backward,
+    launch=launched("triton_gated", "packed_backward"),
+    scratch=_backward_scratch,
     samples=_backward_samples,
     source=gated.BACKWARD_SPEC.source,
 )

@@ -6,10 +6,12 @@ block.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from memopt._torch import size_hint
 from memopt.kernels.blocks import block_rows, pieces
 
 # The weight gradient is rounded once per chunk; beyond this many it is kept in float32.
@@ -69,6 +71,32 @@ class Head:
             gradient_RV.mul_(slope)
         if self.scale != 1.0:
             gradient_RV.mul_(self.scale)
+
+
+class Sizes(NamedTuple):
+    """What the memory for a head's loss and gradients depends on.
+
+    Attributes:
+        rows: ``N``.
+        width: ``H``.
+        classes: ``V``.
+        dtype: of the hidden states and the weight.
+        wanted: whether the gradients of the hidden states, the weight and the bias are; none
+            where there is no upstream gradient.
+    """
+
+    rows: int
+    width: int
+    classes: int
+    dtype: torch.dtype
+    wanted: Sequence[bool]
+
+    @classmethod
+    def of(cls, x_NH: Tensor, weight_VH: Tensor, wanted: Sequence[bool]) -> "Sizes":
+        """Of tensors, fake or real; with no wanted gradients, of the values alone."""
+        rows, width = map(size_hint, x_NH.shape)
+        classes = size_hint(weight_VH.shape[0])
+        return cls(rows, width, classes, x_NH.dtype, wanted or (False, False, False))
 
 
 @dataclass

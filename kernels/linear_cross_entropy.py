@@ -22,12 +22,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from memopt._torch import size_hint
 from memopt.errors import ConfigError
 from memopt.kernels import cut_cross_entropy, forward_gradients
 from memopt.kernels.chunks import has_row_kernel, run_chunks
 from memopt.kernels.chunks import scratch_bytes as chunks_scratch_bytes
-from memopt.kernels.head import HALF_UNIT, Head
+from memopt.kernels.head import HALF_UNIT, Head, Sizes
 from memopt.kernels.rows import IndexTargets, SoftTargets
 
 Three = tuple[Tensor, Tensor, Tensor]
@@ -222,14 +221,11 @@ def scratch_bytes(*args: Any) -> int:
     """
     a = Arguments(*args[: len(Arguments._fields)])
     trained = any(a.wanted) and len(args) > len(a)  # the rows' forward makes no gradients
-    rows, width = (size_hint(d) for d in a.x.shape)
-    classes = size_hint(a.weight.shape[0])
-    wanted = a.wanted if trained else (False, False, False)
+    sizes = Sizes.of(a.x, a.weight, a.wanted if trained else ())
     if a.chunk_rows == 0:
         values = 8 if len(args) > len(a) else 0  # and log-sum-exps: results of the rows' forward
-        return rows * (12 + 4 * trained + values) + cut_cross_entropy.scratch_bytes(
-            rows, width, classes, a.x.dtype, wanted, smoothed=a.label_smoothing > 0
-        )
+        vectors = sizes.rows * (12 + 4 * trained + values)
+        return vectors + cut_cross_entropy.scratch_bytes(sizes, smoothed=a.label_smoothing > 0)
     soft = a.target.is_floating_point()
     apart = int(trained and a.softcap != 0.0)
     blocks = (a.x.dtype != a.wide) + apart
@@ -239,7 +235,5 @@ def scratch_bytes(*args: Any) -> int:
     elif has_row_kernel(IndexTargets, a.x):
         blocks = apart = 0
     wide = a.wide.itemsize
-    targets = rows * (1 + 8 + 8 + wide * (2 if trained else 1))
-    return targets + chunks_scratch_bytes(
-        rows, width, classes, a.x.dtype, a.chunk_rows, blocks=blocks, held=apart, wanted=wanted
-    )
+    targets = sizes.rows * (1 + 8 + 8 + wide * (2 if trained else 1))
+    return targets + chunks_scratch_bytes(sizes, a.chunk_rows, blocks=blocks, held=apart)

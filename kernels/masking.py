@@ -26,22 +26,17 @@ from torch import Tensor
 
 from memopt._torch import size_hint
 from memopt.errors import ConfigError
-from memopt.kernels.bits import (
-    APPLY_BITS,
-    bytes_of,
-    copied_for_bits,
-    drawn,
-    pack,
-    wide_copy,
-)
+from memopt.kernels.bits import APPLY_BITS, copied_for_bits, pack, unwritten_bits
 from memopt.kernels.blocks import pieces
 from memopt.kernels.inputs import within
 from memopt.kernels.philox import random_words
 from memopt.kernels.serving import launched, serves
-from memopt.kernels.spec import Arguments, KernelSpec, Results
+from memopt.kernels.spec import Arguments, KernelSpec, Results, drawn
+from memopt.kernels.wide import own_bytes, wide_bytes, wide_copy
 
 # Entries whose random words exist at a time on the CPU; a multiple of four.
 _DRAWN_AT_ONCE = 2**14
+_DRAWING_BYTES = 22  # for each of them: a counter of eight bytes and its four words take 88
 
 torch.library.define(
     "memopt::dropout_bits", "(Tensor x, Tensor seed, float p) -> (Tensor, Tensor)"
@@ -87,11 +82,15 @@ def _kept(x: Tensor, seed: Tensor, bound: int) -> Tensor:
     """Which entries are, drawn a few at a time."""
     kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
     for piece in pieces(x.numel(), _DRAWN_AT_ONCE):
-        counter = torch.arange(piece.start // 4, -(-piece.stop // 4), device=x.device)
-        words = random_words(counter, seed)[: piece.stop - piece.start]
-        signed = words.to(torch.int32).long()  # the bound may be one more than int32 holds
-        kept.view(-1)[piece] = signed >= bound
+        kept.view(-1)[piece] = _drawn_words(piece, seed) >= bound
     return kept
+
+
+def _drawn_words(piece: slice, seed: Tensor) -> Tensor:
+    """Of some entries, as signed numbers; in int64, as the bound may be more than int32 holds."""
+    counter = torch.arange(piece.start // 4, -(-piece.stop // 4), device=seed.device)
+    words = random_words(counter, seed)[: piece.stop - piece.start]
+    return words.to(torch.int32).long()
 
 
 def _relu(x: Tensor) -> Results:
@@ -117,8 +116,9 @@ def check_dropout(seed: Tensor, p: float) -> None:
         )
 
 
-def _fake(x: Tensor, *_: Any) -> Results:
-    return x.new_empty(x.shape), x.new_empty(bytes_of(x.numel()), dtype=torch.uint8)
+def unwritten(x: Tensor, *_: Any) -> Results:
+    """Room for what either operator returns."""
+    return x.new_empty(x.shape), unwritten_bits(x)
 
 
 def _save_dropout(ctx: Any, inputs: Arguments, output: Results) -> None:
@@ -144,24 +144,24 @@ def _backward_relu(ctx: Any, dy: Tensor, _: Any) -> Tensor:
     return APPLY_BITS(dy, *ctx.saved_tensors, ctx.factor)  # type: ignore[no-any-return]
 
 
-torch.library.register_fake("memopt::dropout_bits", _fake)
-torch.library.register_fake("memopt::relu_bits", _fake)
+torch.library.register_fake("memopt::dropout_bits", unwritten)
+torch.library.register_fake("memopt::relu_bits", unwritten)
 torch.library.register_autograd(
     "memopt::dropout_bits", _backward_dropout, setup_context=_save_dropout
 )
 torch.library.register_autograd("memopt::relu_bits", _backward_relu, setup_context=_save_relu)
 
 
-def dropout_scratch_bytes(x: Tensor, seed: Tensor, p: float) -> int:
-    """What ``dropout_bits`` allocates besides its results, in bytes, at most."""
+def _dropout_scratch(x: Tensor, seed: Tensor, p: float) -> int:
     if serves(x):
         return copied_for_bits(x)
-    wide = max(4, x.element_size())  # of the product, and of the mask as factors
-    return size_hint(x.numel()) * (1 + 2 * wide - x.element_size())
+    mask = size_hint(x.numel())
+    drawing = min(mask, _DRAWN_AT_ONCE) * _DRAWING_BYTES
+    product = 2 * wide_bytes(x)  # and the mask as factors
+    return mask + max(drawing, product) - own_bytes(x)
 
 
-def relu_scratch_bytes(x: Tensor) -> int:
-    """What ``relu_bits`` allocates besides its results, in bytes, at most."""
+def _relu_scratch(x: Tensor) -> int:
     return copied_for_bits(x) if serves(x) else size_hint(x.numel())
 
 
@@ -184,6 +184,7 @@ DROPOUT_SPEC = KernelSpec(
     name="memopt::dropout_bits",
     plain=_dropout,
     launch=launched("triton_bits", "dropout"),
+    scratch=_dropout_scratch,
     samples=_dropout_samples,
     source="JMLR 15 (2014), doi:10.1145/2063384.2063405, doi:10.1109/ISCA.2018.00070",
 )
@@ -191,6 +192,7 @@ RELU_SPEC = KernelSpec(
     name="memopt::relu_bits",
     plain=_relu,
     launch=launched("triton_bits", "relu"),
+    scratch=_relu_scratch,
     samples=_relu_samples,
     source="doi:10.1109/ISCA.2018.00070",
 )

@@ -19,17 +19,18 @@ arXiv:2410.10989.
 Legend: ``N`` rows, ``H`` entries of a row.
 """
 
-import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from memopt._torch import size_hint
 from memopt.kernels.row_views import copied_bytes
-from memopt.kernels.serving import serves
-from memopt.kernels.spec import Arguments, KernelSpec, Results
+from memopt.kernels.serving import launched, serves
+from memopt.kernels.spec import KernelSpec, Results, drawn
+from memopt.kernels.wide import wide, wide_bytes, wide_dtype
 
 # A program keeps rows in registers, and beside them the sums of the weight's gradient.
 MOST_WIDTH = 8192
@@ -49,22 +50,10 @@ NORM = torch.ops.memopt.norm.default
 NORM_BACKWARD = torch.ops.memopt.norm_backward.default
 
 
-def _wide(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+class Arguments(NamedTuple):
+    """What ``norm`` takes, in the order of its schema.
 
-
-def _plain(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    offset: float,
-    centred: bool,
-) -> Results:
-    """The norm, the sum that it is of, and the statistics.
-
-    Args:
+    Attributes:
         x: `(..., H)`.
         residual: `(..., H)`, added first, or None.
         weight: `(H,)`, or None for ones.
@@ -72,14 +61,56 @@ def _plain(
         eps: added to the variance.
         offset: added to the weight.
         centred: whether the mean is subtracted.
+    """
+
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    offset: float
+    centred: bool
+
+
+class BackwardArguments(NamedTuple):
+    """What ``norm_backward`` takes, in the order of its schema.
+
+    Attributes:
+        dy: `(..., H)`, the norm's gradient.
+        dtotal: `(..., H)`, another gradient of the sum, or None.
+        total: `(..., H)`, the sum, or ``x`` where nothing was added.
+        weight: `(H,)`, or None.
+        bias: `(H,)`, or None.
+        mean: as the forward returns it: empty where it was not subtracted.
+        rstd: as the forward returns it.
+        offset: added to the weight.
+        wanted: whether the gradients of weight and bias are.
+        again: whether the norm is.
+    """
+
+    dy: Tensor
+    dtotal: Tensor | None
+    total: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    rstd: Tensor
+    offset: float
+    wanted: Sequence[bool]
+    again: bool
+
+
+def _plain(*args: Any) -> Results:
+    """The norm, the sum that it is of, and the statistics.
 
     Returns:
         `(..., H)` of ``x``'s dtype; the sum, of the same shape, empty without a residual; the
         means `(...)`, float32 or wider, empty where they are not subtracted; the reciprocal
         standard deviations `(...)`.
     """
+    x, residual, weight, bias, eps, offset, centred = Arguments(*args)
     total = x if residual is None else x + residual
-    z = _wide(total)
+    z = wide(total)
     mean = z.mean(-1) if centred else z.new_empty(0)
     if centred:
         z = z - mean[..., None]
@@ -94,50 +125,20 @@ def _scaled(normal: Tensor, weight: Tensor | None, bias: Tensor | None, offset: 
     return normal if bias is None else normal + bias.to(normal.dtype)
 
 
-def _plain_backward(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    total: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    offset: float,
-    wanted: list[bool],
-    again: bool,
-) -> Results:
+def _plain_backward(*args: Any) -> Results:
     """Gradients of the sum, the weight and the bias, and the norm once more.
-
-    Args:
-        dy: `(..., H)`, the norm's gradient.
-        dtotal: `(..., H)`, another gradient of the sum, or None.
-        total: `(..., H)`, the sum, or ``x`` where nothing was added.
-        weight: `(H,)`, or None.
-        bias: `(H,)`, or None.
-        mean: as the forward returns it: empty where it was not subtracted.
-        rstd: as the forward returns it.
-        offset: added to the weight.
-        wanted: whether the gradients of weight and bias are.
-        again: whether the norm is.
 
     Returns:
         Each in its input's dtype, and empty where it is not wanted.
     """
-    normal = _wide(total)
+    dy, dtotal, total, weight, bias, mean, rstd, offset, wanted, again = BackwardArguments(*args)
+    normal = wide(total)
     if mean.numel():
         normal = normal - mean[..., None]
     normal = normal * rstd[..., None]
-    g = _wide(dy)
-    of_weight, of_bias = (
-        (
-            of.reshape(-1, of.shape[-1]).sum(0).to(like.dtype)
-            if on
-            else g.new_empty(0, dtype=like.dtype)
-        )
-        if like is not None
-        else g.new_empty(0)
-        for on, like, of in zip(wanted, (weight, bias), (g * normal, g), strict=True)
-    )
+    g = wide(dy)
+    of_weight = _summed(g * normal, weight, wanted[0])
+    of_bias = _summed(g, bias, wanted[1])
     y = _scaled(normal, weight, bias, offset).to(total.dtype) if again else total.new_empty(0)
     g = _scaled(g, weight, None, offset)
     dx = g - normal * (g * normal).mean(-1, keepdim=True)
@@ -149,57 +150,47 @@ def _plain_backward(
     return dx.to(total.dtype).contiguous(), of_weight, of_bias, y.contiguous()
 
 
-def _fake(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    offset: float,
-    centred: bool,
-) -> Results:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    rows = x.shape[:-1]
+def _summed(t: Tensor, like: Tensor | None, wanted: bool) -> Tensor:
+    """Over all rows, in the dtype of what it is the gradient of."""
+    dtype = t.dtype if like is None else like.dtype
+    if like is None or not wanted:
+        return t.new_empty(0, dtype=dtype)
+    return t.reshape(-1, t.shape[-1]).sum(0).to(dtype)
+
+
+def unwritten(*args: Any) -> Results:
+    """Room for what ``norm`` returns."""
+    a = Arguments(*args)
+    rows, dtype = a.x.shape[:-1], wide_dtype(a.x)
     return (
-        x.new_empty(x.shape),
-        x.new_empty(0 if residual is None else x.shape),
-        x.new_empty(rows if centred else 0, dtype=wide),
-        x.new_empty(rows, dtype=wide),
+        a.x.new_empty(a.x.shape),
+        a.x.new_empty(0 if a.residual is None else a.x.shape),
+        a.x.new_empty(rows if a.centred else 0, dtype=dtype),
+        a.x.new_empty(rows, dtype=dtype),
     )
 
 
-def _fake_backward(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    total: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    offset: float,
-    wanted: list[bool],
-    again: bool,
-) -> Results:
+def unwritten_backward(*args: Any) -> Results:
+    """Room for what ``norm_backward`` returns."""
+    a = BackwardArguments(*args)
     vectors = (
-        total.new_empty(0, dtype=rstd.dtype)
-        if like is None
-        else like.new_empty(like.shape if on else 0)
-        for on, like in zip(wanted, (weight, bias), strict=True)
+        a.rstd.new_empty(0) if like is None else like.new_empty(like.shape if on else 0)
+        for on, like in zip(a.wanted, (a.weight, a.bias), strict=True)
     )
-    return total.new_empty(total.shape), *vectors, total.new_empty(total.shape if again else 0)
+    whole = a.total.shape
+    return a.total.new_empty(whole), *vectors, a.total.new_empty(whole if a.again else 0)
 
 
-def _save(ctx: Any, inputs: Arguments, output: Results) -> None:
-    x, residual, weight, bias, _, offset, _ = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+    a = Arguments(*inputs)
     _, total, mean, rstd = output
+    ctx.added, ctx.offset = a.residual is not None, a.offset
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x if residual is None else total, weight, bias, mean, rstd)
-    ctx.offset, ctx.added = offset, residual is not None
+    ctx.save_for_backward(total if ctx.added else a.x, a.weight, a.bias, mean, rstd)
 
 
 def _backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    total, weight, bias, mean, rstd = ctx.saved_tensors
     if not ctx.added:
         dtotal = None
     if dy is None:
@@ -207,95 +198,71 @@ def _backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Any) -> tu
     else:
         wanted = [*ctx.needs_input_grad[2:4]]
         run: Any = _plain_backward if torch.is_grad_enabled() else NORM_BACKWARD
-        dx, of_weight, of_bias, _ = run(
-            dy, dtotal, total, weight, bias, mean, rstd, ctx.offset, wanted, False
-        )
+        dx, of_weight, of_bias, _ = run(dy, dtotal, *ctx.saved_tensors, ctx.offset, wanted, False)
         of_weight, of_bias = of_weight if wanted[0] else None, of_bias if wanted[1] else None
     return dx, dx if ctx.added else None, of_weight, of_bias, None, None, None
 
 
-torch.library.register_fake("memopt::norm", _fake)
-torch.library.register_fake("memopt::norm_backward", _fake_backward)
+torch.library.register_fake("memopt::norm", unwritten)
+torch.library.register_fake("memopt::norm_backward", unwritten_backward)
 torch.library.register_autograd("memopt::norm", _backward, setup_context=_save)
 
 
-def scratch_bytes(x: Tensor, residual: Tensor | None, *_: Any) -> int:
-    """What ``norm`` allocates besides its results, in bytes, at most."""
-    if not serves(x):
-        return 3 * _wide_bytes(x)
-    return copied_bytes(*(t for t in (x, residual) if t is not None))
+def _scratch(*args: Any) -> int:
+    a = Arguments(*args)
+    return copied_bytes(a.x, a.residual) if serves(a.x) else 3 * wide_bytes(a.x)
 
 
-def backward_scratch_bytes(dy: Tensor, dtotal: Tensor | None, total: Tensor, *args: Any) -> int:
-    """What ``norm_backward`` allocates besides its results, in bytes, at most."""
-    if not serves(dy):
-        return 5 * _wide_bytes(dy)
-    from memopt.kernels import triton_norm  # here, because Triton is optional
-
-    width = size_hint(dy.shape[-1])
-    wanted: int = sum(args[5])
-    parts = triton_norm.programs(dy, size_hint(dy.numel()) // width) * width * 4 * wanted
-    return parts + copied_bytes(*(t for t in (dy, dtotal, total) if t is not None))
-
-
-def _wide_bytes(x: Tensor) -> int:
-    return size_hint(x.numel()) * max(4, x.element_size())
-
-
-def _launch(*args: Any) -> Results:
-    from memopt.kernels import triton_norm
-
-    return triton_norm.forward(*args)
-
-
-def _launch_backward(*args: Any) -> Results:
-    from memopt.kernels import triton_norm
-
-    return triton_norm.backward(*args)
+def _backward_scratch(*args: Any) -> int:
+    a = BackwardArguments(*args)
+    if not serves(a.dy):
+        return 5 * wide_bytes(a.dy)
+    width = size_hint(a.dy.shape[-1])
+    programs: int = launched("triton_norm", "programs")(a.dy, size_hint(a.dy.numel()) // width)
+    return programs * width * 4 * sum(a.wanted) + copied_bytes(a.dy, a.dtotal, a.total)
 
 
 def _samples(dtype: torch.dtype, rows: int = 512) -> Iterator[Arguments]:
     """Llama's, Gemma's with a residual, layer norm, one with nothing, and odd sizes."""
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape).to(dtype)
-
-    yield draw(8, rows // 8, 1024), None, draw(1024), None, 1e-6, 0.0, False
-    yield draw(rows, 512), draw(rows, 512), draw(512), None, 1e-6, 1.0, False
-    yield draw(rows, 768), None, draw(768), draw(768), 1e-5, 0.0, True
-    yield draw(256, 512) + 3, draw(256, 512), draw(512), draw(512), 1e-5, 0.0, True
-    yield draw(33, 64), None, None, None, 1e-6, 0.0, False
-    yield draw(7, 333), draw(7, 333), draw(333), None, 1e-6, 0.0, False
-    yield draw(16, 3, 128)[:, 1], None, draw(128), None, 1e-6, 0.0, False
+    draw = partial(drawn, dtype=dtype)
+    yield Arguments(draw(8, rows // 8, 1024), None, draw(1024), None, 1e-6, 0.0, False)
+    yield Arguments(draw(rows, 512), draw(rows, 512), draw(512), None, 1e-6, 1.0, False)
+    yield Arguments(draw(rows, 768), None, draw(768), draw(768), 1e-5, 0.0, True)
+    shifted = draw(256, 512) + 3
+    yield Arguments(shifted, draw(256, 512), draw(512), draw(512), 1e-5, 0.0, True)
+    yield Arguments(draw(33, 64), None, None, None, 1e-6, 0.0, False)
+    yield Arguments(draw(7, 333), draw(7, 333), draw(333), None, 1e-6, 0.0, False)
+    yield Arguments(draw(16, 3, 128)[:, 1], None, draw(128), None, 1e-6, 0.0, False)
 
 
-def _backward_samples(dtype: torch.dtype, rows: int = 512) -> Iterator[Arguments]:
-    for sample in _samples(dtype, rows):
-        x, residual, weight, bias, _, offset, centred = sample
-        _, total, mean, rstd = _plain(*sample)
-        dy, dtotal = torch.randn(2, *x.shape).to(dtype)
-        wanted = [weight is not None, bias is not None]
-        shared = (
-            x if residual is None else total, weight, bias, mean, rstd, offset, wanted
+def _backward_samples(dtype: torch.dtype, rows: int = 512) -> Iterator[BackwardArguments]:
+    for a in _samples(dtype, rows):
+        _, total, mean, rstd = _plain(*a)
+        dy, dtotal = torch.randn(2, *a.x.shape).to(dtype)
+        added, wanted = a.residual is not None, [a.weight is not None, a.bias is not None]
+        yield BackwardArguments(
+            dy, dtotal if added else None, total if added else a.x, a.weight, a.bias, mean, rstd,
+            a.offset, wanted, a.centred,
         )  # fmt: skip
-        yield dy, None if residual is None else dtotal, *shared, centred
 
 
 SPEC = KernelSpec(
     name="memopt::norm",
     plain=_plain,
-    launch=_launch,
+    launch=launched("triton_norm", "forward"),
+    scratch=_scratch,
     samples=_samples,
-    large=functools.partial(_samples, rows=_LARGE),
+    large=partial(_samples, rows=_LARGE),
     l2_share=1.5,  # every program reads the weight and the bias
     source="arXiv:1910.07467, arXiv:1607.06450, arXiv:2410.10989",
 )
 BACKWARD_SPEC = KernelSpec(
     name="memopt::norm_backward",
     plain=_plain_backward,
-    launch=_launch_backward,
+    launch=launched("triton_norm", "backward"),
+    scratch=_backward_scratch,
     samples=_backward_samples,
-    large=functools.partial(_backward_samples, rows=_LARGE),
+    large=partial(_backward_samples, rows=_LARGE),
     source=SPEC.source,
 )
 SPECS = (SPEC, BACKWARD_SPEC)

@@ -31,7 +31,8 @@ Legend: ``H`` entries of a row, ``G = ceil(H / group)`` groups, ``B = ceil(H * b
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ from memopt._torch import size_hint
 from memopt.errors import ConfigError
 from memopt.kernels.row_views import copied_bytes
 from memopt.kernels.serving import launched, serves
-from memopt.kernels.spec import Arguments, KernelSpec, Results
+from memopt.kernels.spec import Arguments, KernelSpec, Results, drawn
+from memopt.kernels.wide import wide_dtype
 
 GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 _SMALLEST_SCALE = 2.0**-126
@@ -87,8 +89,8 @@ def _quantise(x: Tensor, bits: int, group: int, symmetric: bool) -> Results:
     """
     check(x.dim(), bits, group)
     if not x.numel():
-        return _fake_quantise(x, bits, group, symmetric)
-    z = _grouped(x, group, torch.promote_types(x.dtype, torch.float32))
+        return unwritten(x, bits, group, symmetric)
+    z = _grouped(x, group, wide_dtype(x))
     low, high = z.aminmax(dim=-1)
     if symmetric:
         scale = _scale(torch.maximum(-low, high), 2 ** (bits - 1) - 1)
@@ -195,33 +197,32 @@ def check_packed(
         )
 
 
-def _fake_quantise(x: Tensor, bits: int, group: int, symmetric: bool) -> Results:
+def unwritten(x: Tensor, bits: int, group: int, symmetric: bool) -> Results:
+    """Room for what ``quantise`` returns, of what it does not refuse."""
     check(x.dim(), bits, group)
     rows, width = x.shape[:-1], x.shape[-1]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    scales = (*rows, groups_of(width, group))
+    scales, dtype = (*rows, groups_of(width, group)), wide_dtype(x)
     return (
         x.new_empty((*rows, packed_width(width, bits)), dtype=torch.uint8),
-        x.new_empty(scales, dtype=wide),
-        x.new_empty(0 if symmetric else scales, dtype=wide),
+        x.new_empty(scales, dtype=dtype),
+        x.new_empty(0 if symmetric else scales, dtype=dtype),
     )
 
 
-def _fake_dequantise(
+def _unwritten_numbers(
     packed: Tensor, scale: Tensor, zero: Tensor, shape: list[int], dtype: torch.dtype, *_: Any
 ) -> Tensor:
     return packed.new_empty(shape, dtype=dtype)
 
 
-torch.library.register_fake("memopt::quantise", _fake_quantise)
-torch.library.register_fake("memopt::dequantise", _fake_dequantise)
+torch.library.register_fake("memopt::quantise", unwritten)
+torch.library.register_fake("memopt::dequantise", _unwritten_numbers)
 
 
-def scratch_bytes(x: Tensor, bits: int, group: int, symmetric: bool) -> int:
-    """What ``quantise`` allocates besides its results, in bytes, at most."""
+def _scratch(x: Tensor, bits: int, group: int, symmetric: bool) -> int:
     if serves(x):
         return copied_bytes(x)
-    width, wide = size_hint(x.shape[-1]), max(4, x.element_size())
+    width, wide = size_hint(x.shape[-1]), wide_dtype(x).itemsize
     rows = size_hint(x.numel()) // max(1, width)
     groups: int = rows * groups_of(width, group)
     codes = 0 if bits == 8 and width % group == 0 else groups * group
@@ -230,7 +231,7 @@ def scratch_bytes(x: Tensor, bits: int, group: int, symmetric: bool) -> int:
     return groups * (group + (2 if symmetric else 1)) * wide + codes + halves + padded
 
 
-def dequantise_scratch_bytes(
+def _dequantise_scratch(
     packed: Tensor,
     scale: Tensor,
     zero: Tensor,
@@ -239,7 +240,6 @@ def dequantise_scratch_bytes(
     bits: int,
     group: int,
 ) -> int:
-    """What ``dequantise`` allocates besides its result, in bytes, at most."""
     if serves(packed):
         return 0
     entries = math.prod(size_hint(size) for size in shape)
@@ -251,17 +251,15 @@ def dequantise_scratch_bytes(
 
 
 def _launch_dequantise(packed: Tensor, scale: Tensor, *rest: Any) -> Results:
+    run: Callable[..., Results] = launched("triton_quantise", "dequantise")
     if scale.dtype == torch.float64:  # the kernel computes in float32
-        return _dequantise(packed, scale, *rest)
-    return launched("triton_quantise", "dequantise")(packed, scale, *rest)  # type: ignore[no-any-return]
+        run = _dequantise
+    return run(packed, scale, *rest)
 
 
 def _samples(dtype: torch.dtype) -> Iterator[Arguments]:
     """The usual groups, the smallest and the largest, views, and rows that end within one."""
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape).to(dtype)
-
+    draw = partial(drawn, dtype=dtype)
     yield draw(64, 1024), 8, 128, True
     yield draw(8, 16, 512), 8, 64, False
     yield draw(64, 1024), 4, 32, False
@@ -284,6 +282,7 @@ SPEC = KernelSpec(
     name="memopt::quantise",
     plain=_quantise,
     launch=launched("triton_quantise", "quantise"),
+    scratch=_scratch,
     samples=_samples,
     source="arXiv:2104.14129, arXiv:2110.02861",
 )
@@ -291,6 +290,7 @@ DEQUANTISE_SPEC = KernelSpec(
     name="memopt::dequantise",
     plain=_dequantise,
     launch=_launch_dequantise,
+    scratch=_dequantise_scratch,
     samples=_dequantise_samples,
     source=SPEC.source,
 )

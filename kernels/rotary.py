@@ -109,7 +109,7 @@ def _turn(
             half.copy_(new)
         if result is not x:
             result[..., rotary_dim:] = x[..., rotary_dim:]
-        del a, b, new_a, new_b
+        del a, b, half, new, new_a, new_b
 
 
 def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -304,6 +304,7 @@ SPEC = KernelSpec(
     name="memopt::rotary",
     plain=_plain,
     launch=_launch,
+    scratch=scratch_bytes,
     samples=_samples,
     l2_share=1.1,  # a table that a batch shares is read once for each of its rows
     source="arXiv:2104.09864, arXiv:2410.10989",

@@ -32,10 +32,10 @@ def by_rows(t: Tensor) -> Tensor:
     return (t if evenly_spaced(t) else t.contiguous()).reshape(-1, t.shape[-1])
 
 
-def copied_bytes(*tensors: Tensor, dense: bool = False) -> int:
+def copied_bytes(*tensors: Tensor | None, dense: bool = False) -> int:
     """What `by_rows`, or with ``dense`` ``contiguous``, allocates for these, in bytes."""
     return sum(
         size_hint(t.numel()) * t.element_size()
         for t in tensors
-        if not evenly_spaced(t, dense=dense)
+        if t is not None and not evenly_spaced(t, dense=dense)
     )

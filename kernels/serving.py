@@ -14,17 +14,21 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.uint8
 
 
 def serves(x: Tensor) -> bool:
-    """Whether a Triton kernel runs on such a tensor: NVIDIA's GPUs since Ampere, and AMD's.
+    """Whether a Triton kernel runs on such a tensor.
 
     Args:
         x: fake or real.
     """
+    return x.dtype in _DTYPES and knows(x.device)
+
+
+def knows(device: torch.device) -> bool:
+    """Whether Triton is there and compiles for NVIDIA's GPUs since Ampere, and AMD's."""
     return (
-        x.device.type == "cuda"
-        and x.dtype in _DTYPES
+        device.type == "cuda"
         and _triton_is_installed()
         and torch.cuda.is_available()
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        and torch.cuda.get_device_capability(device) >= (8, 0)
     )
 
 
@@ -36,8 +40,9 @@ def launched(module: str, name: str) -> Callable[..., Any]:
         name: of the function.
     """
 
-    def launch(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"memopt.kernels.{module}"), name)(*args)
+    def launch(*args: Any, **options: Any) -> Any:
+        found = importlib.import_module(f"memopt.kernels.{module}")
+        return getattr(found, name)(*args, **options)
 
     return launch
 

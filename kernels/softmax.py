@@ -19,16 +19,17 @@ Legend: ``N`` rows, ``H`` entries of a row.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memopt._torch import size_hint
 from memopt.errors import ConfigError
 from memopt.kernels.row_views import copied_bytes
 from memopt.kernels.serving import launched, serves
-from memopt.kernels.spec import Arguments, KernelSpec, Results
+from memopt.kernels.spec import Arguments, KernelSpec, Results, drawn
+from memopt.kernels.wide import own_bytes, wide, wide_bytes, wide_copy, wide_dtype
 
 ROW_ON_CHIP = 16384
 
@@ -61,12 +62,12 @@ def _plain(x: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Resu
             expand.
     """
     check(x, mask)
-    z = x.to(torch.promote_types(x.dtype, torch.float32), copy=True).mul_(scale)
+    z = wide_copy(x).mul_(scale)
     if softcap:
         z.div_(softcap).tanh_().mul_(softcap)
     if mask is not None:
         z += mask
-    return (z.softmax(-1).to(x.dtype).contiguous(),)
+    return (z.softmax(-1).to(x.dtype),)
 
 
 def _plain_backward(
@@ -88,11 +89,10 @@ def _plain_backward(
         ConfigError: there is a softcap, and no ``x``.
     """
     check_capped(x, softcap)
-    wide = torch.promote_types(y.dtype, torch.float32)
-    g, p = dy.to(wide), y.to(wide)
+    g, p = wide(dy), wide(y)
     dz = p * (g - (g * p).sum(-1, keepdim=True))
     if x is not None and softcap:
-        dz = dz * (1 - (x.to(wide) * (scale / softcap)).tanh().square())
+        dz = dz * (1 - (wide(x) * (scale / softcap)).tanh().square())
     return ((dz * scale).to(y.dtype).contiguous(),)
 
 
@@ -118,11 +118,11 @@ def check_capped(x: Tensor | None, softcap: float) -> None:
         raise ConfigError(f"softcap={softcap!r}: the backward needs x, and has None")
 
 
-def _fake(x: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
+def _unwritten(x: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _fake_backward(dy: Tensor, y: Tensor, *_: Any) -> Tensor:
+def _unwritten_backward(dy: Tensor, y: Tensor, *_: Any) -> Tensor:
     return y.new_empty(y.shape)
 
 
@@ -151,39 +151,30 @@ def _gradient(*args: Any) -> Tensor:
     return result
 
 
-torch.library.register_fake("memopt::softmax", _fake)
-torch.library.register_fake("memopt::softmax_backward", _fake_backward)
+torch.library.register_fake("memopt::softmax", _unwritten)
+torch.library.register_fake("memopt::softmax_backward", _unwritten_backward)
 torch.library.register_autograd("memopt::softmax", _backward, setup_context=_save)
 
 
-def scratch_bytes(x: Tensor, *_: Any) -> int:
-    """What ``softmax`` allocates besides its result, in bytes, at most."""
+def _scratch(x: Tensor, *_: Any) -> int:
     if serves(x):
         return copied_bytes(x)
-    wide = max(4, x.element_size())
-    return size_hint(x.numel()) * (wide if x.element_size() == wide else 2 * wide)
+    return wide_bytes(x) * (1 if x.dtype == wide_dtype(x) else 2)
 
 
-def backward_scratch_bytes(
+def _backward_scratch(
     dy: Tensor, y: Tensor, x: Tensor | None, scale: float, softcap: float
 ) -> int:
-    """What ``softmax_backward`` allocates besides its result, in bytes, at most."""
     if serves(dy):
-        return sum(copied_bytes(t) for t in (dy, y, x if softcap else None) if t is not None)
-    size, wide = y.element_size(), max(4, y.element_size())
-    if size < wide:
-        each = 5 * wide - size if softcap else 4 * wide
-    else:
-        each = 2 * wide if softcap else wide
-    return size_hint(dy.numel()) * each
+        return copied_bytes(dy, y, x if softcap else None)
+    if y.dtype == wide_dtype(y):
+        return wide_bytes(y) * (2 if softcap else 1)
+    return 5 * wide_bytes(y) - own_bytes(y) if softcap else 4 * wide_bytes(y)
 
 
 def _samples(dtype: torch.dtype) -> Iterator[Arguments]:
     """Attention with a causal mask, plain, with a cap; a long row, views, and odd sizes."""
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape).to(dtype)
-
+    draw = partial(drawn, dtype=dtype)
     causal = torch.full((32, 512), -torch.inf, dtype=dtype).triu(480)
     padded = torch.zeros(2, 1, 1, 512, dtype=dtype)
     padded[1, ..., 300:] = -torch.inf
@@ -208,6 +199,7 @@ SPEC = KernelSpec(
     name="memopt::softmax",
     plain=_plain,
     launch=launched("triton_softmax", "forward"),
+    scratch=_scratch,
     samples=_samples,
     l2_share=1.5,  # a mask that heads share, and the second read of a long row
     source="arXiv:1805.02867, arXiv:2408.00118",
@@ -216,6 +208,7 @@ BACKWARD_SPEC = KernelSpec(
     name="memopt::softmax_backward",
     plain=_plain_backward,
     launch=launched("triton_softmax", "backward"),
+    scratch=_backward_scratch,
     samples=_backward_samples,
     l2_share=5 / 3,  # the second reads of a long row
     source=SPEC.source,

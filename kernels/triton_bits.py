@@ -13,11 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memopt.kernels.bits import bytes_of, check_bits, check_mask
-from memopt.kernels.masking import bound_of, check_dropout, factor_of
+from memopt.kernels.bits import bytes_of, check_bits, check_mask, unwritten_bits
+from memopt.kernels.masking import bound_of, check_dropout, factor_of, unwritten
 from memopt.kernels.row_views import by_rows
 from memopt.kernels.serving import warps
 from memopt.kernels.spec import Results
+from memopt.kernels.triton_tiles import read, tile, write
 
 # Entries of a program, and of a thread: a thread that unpacks bits alone takes as many as one
 # load of 128 bits has.
@@ -28,25 +29,21 @@ _UNPACKED_PER_THREAD = 128
 
 
 @triton.jit
-def _row_and_start(blocks, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The rows of this program, and its first column."""
-    program = tl.program_id(0)
-    row = (program // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    return row[:, None], (program % blocks).to(tl.int64) * BLOCK
-
-
-@triton.jit
-def _packed(kept, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Bytes of a tile's bits."""
-    eights = tl.reshape(kept.to(tl.int32), (ROWS, BLOCK // 8, 8))
-    return tl.sum(eights << tl.arange(0, 8)[None, None, :], axis=2).to(tl.uint8)
-
-
-@triton.jit
-def _unpacked(bits, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _read_bits(bits_ptr, rows, width_bytes, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Whether each entry of a tile has its bit set."""
-    each = (bits.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    row, column, inside = tile(rows, width_bytes, ROWS, BLOCK // 8)
+    bits = tl.load(bits_ptr + row * width_bytes + column, mask=inside, other=0).to(tl.int32)
+    each = (bits[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
     return tl.reshape(each, (ROWS, BLOCK)) != 0
+
+
+@triton.jit
+def _write_bits(bits_ptr, kept, rows, width_bytes, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Set the bits of a tile's entries that are kept."""
+    eights = tl.reshape(kept.to(tl.int32), (ROWS, BLOCK // 8, 8))
+    bits = tl.sum(eights << tl.arange(0, 8)[None, None, :], axis=2).to(tl.uint8)
+    row, column, inside = tile(rows, width_bytes, ROWS, BLOCK // 8)
+    tl.store(bits_ptr + row * width_bytes + column, bits, mask=inside)
 
 
 @triton.jit
@@ -56,7 +53,6 @@ def pack_bits(
     rows,
     width,
     width_bytes,
-    blocks,
     mask_row,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -69,28 +65,17 @@ def pack_bits(
         rows: ``N``.
         width: ``H``, a multiple of 8 where there are several rows.
         width_bytes: ``B``.
-        blocks: programs of a row.
         mask_row: elements from one row of ``mask_ptr`` to the next.
         ROWS: rows of a program, a power of two.
         BLOCK: entries of each, a power of two from 8.
     """
-    row, start = _row_and_start(blocks, ROWS, BLOCK)
-    columns = (start + tl.arange(0, BLOCK))[None, :]
-    inside = (row < rows) & (columns < width)
-    kept = tl.load(mask_ptr + row * mask_row + columns, mask=inside, other=0)
-    columns = (start // 8 + tl.arange(0, BLOCK // 8))[None, :]
-    inside = (row < rows) & (columns < width_bytes)
-    tl.store(bits_ptr + row * width_bytes + columns, _packed(kept, ROWS, BLOCK), mask=inside)
+    row, column, inside = tile(rows, width, ROWS, BLOCK)
+    kept = tl.load(mask_ptr + row * mask_row + column, mask=inside, other=0)
+    _write_bits(bits_ptr, kept, rows, width_bytes, ROWS, BLOCK)
 
 
 @triton.jit
-def unpack_bits(
-    bits_ptr,
-    mask_ptr,
-    width,
-    width_bytes,
-    BLOCK: tl.constexpr,
-):
+def unpack_bits(bits_ptr, mask_ptr, width, width_bytes, BLOCK: tl.constexpr):
     """The mask that has these bits.
 
     Args:
@@ -100,12 +85,9 @@ def unpack_bits(
         width_bytes: ``B``.
         BLOCK: entries of a program, a power of two from 8.
     """
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    columns = (start // 8 + tl.arange(0, BLOCK // 8))[None, :]
-    bits = tl.load(bits_ptr + columns, mask=columns < width_bytes, other=0)
-    columns = (start + tl.arange(0, BLOCK))[None, :]
-    kept = _unpacked(bits, 1, BLOCK)
-    tl.store(mask_ptr + columns, kept.to(tl.uint8), mask=columns < width)
+    _, column, inside = tile(1, width, 1, BLOCK)
+    kept = _read_bits(bits_ptr, 1, width_bytes, 1, BLOCK)
+    tl.store(mask_ptr + column, kept.to(tl.uint8), mask=inside)
 
 
 @triton.jit
@@ -117,7 +99,6 @@ def dropout_bits(
     rows,
     width,
     width_bytes,
-    blocks,
     x_row,
     bound,
     factor,
@@ -134,27 +115,20 @@ def dropout_bits(
         rows: ``N``.
         width: ``H``, a multiple of 8 where there are several rows.
         width_bytes: ``B``.
-        blocks: programs of a row.
         x_row: elements from one row of ``x_ptr`` to the next.
         bound: the least signed word that keeps its entry.
         factor: on what is kept.
         ROWS: rows of a program, a power of two.
         BLOCK: entries of each, a power of two from 8.
     """
-    row, start = _row_and_start(blocks, ROWS, BLOCK)
-    counter = row * (width // 4) + (start // 4 + tl.arange(0, BLOCK // 4))[None, :]
-    w0, w1, w2, w3 = tl.randint4x(tl.load(seed_ptr), counter)
+    row, column, inside = tile(rows, width, ROWS, BLOCK)
+    _, draw, _ = tile(rows, (width - 1) // 4 + 1, ROWS, BLOCK // 4)
+    w0, w1, w2, w3 = tl.randint4x(tl.load(seed_ptr), row * (width // 4) + draw)
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, BLOCK))
     kept = words.to(tl.int32, bitcast=True) >= bound
-    columns = (start + tl.arange(0, BLOCK))[None, :]
-    inside = (row < rows) & (columns < width)
-    x = tl.load(x_ptr + row * x_row + columns, mask=inside, other=0.0).to(tl.float32)
-    y = (x * tl.where(kept, factor, 0.0)).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + row * width + columns, y, mask=inside)
-    bits = _packed(kept & inside, ROWS, BLOCK)
-    columns = (start // 8 + tl.arange(0, BLOCK // 8))[None, :]
-    inside = (row < rows) & (columns < width_bytes)
-    tl.store(bits_ptr + row * width_bytes + columns, bits, mask=inside)
+    x = read(x_ptr + row * x_row, column, inside)
+    write(y_ptr + row * width, column, inside, x * tl.where(kept, factor, 0.0))
+    _write_bits(bits_ptr, kept & inside, rows, width_bytes, ROWS, BLOCK)
 
 
 @triton.jit
@@ -165,23 +139,16 @@ def relu_bits(
     rows,
     width,
     width_bytes,
-    blocks,
     x_row,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """What is above 0, or NaN, and the bits of where that is; arguments as of ``dropout_bits``."""
-    row, start = _row_and_start(blocks, ROWS, BLOCK)
-    columns = (start + tl.arange(0, BLOCK))[None, :]
-    inside = (row < rows) & (columns < width)
-    x = tl.load(x_ptr + row * x_row + columns, mask=inside, other=0.0).to(tl.float32)
+    row, column, inside = tile(rows, width, ROWS, BLOCK)
+    x = read(x_ptr + row * x_row, column, inside)
     stops = x <= 0.0
-    y = tl.where(stops, 0.0, x).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + row * width + columns, y, mask=inside)
-    bits = _packed(stops == 0, ROWS, BLOCK)
-    columns = (start // 8 + tl.arange(0, BLOCK // 8))[None, :]
-    inside = (row < rows) & (columns < width_bytes)
-    tl.store(bits_ptr + row * width_bytes + columns, bits, mask=inside)
+    write(y_ptr + row * width, column, inside, tl.where(stops, 0.0, x))
+    _write_bits(bits_ptr, stops == 0, rows, width_bytes, ROWS, BLOCK)
 
 
 @triton.jit
@@ -192,7 +159,6 @@ def apply_bits(
     rows,
     width,
     width_bytes,
-    blocks,
     dy_row,
     factor,
     ROWS: tl.constexpr,
@@ -207,21 +173,15 @@ def apply_bits(
         rows: ``N``.
         width: ``H``, a multiple of 8 where there are several rows.
         width_bytes: ``B``.
-        blocks: programs of a row.
         dy_row: elements from one row of ``dy_ptr`` to the next.
         factor: on what is kept.
         ROWS: rows of a program, a power of two.
         BLOCK: entries of each, a power of two from 8.
     """
-    row, start = _row_and_start(blocks, ROWS, BLOCK)
-    columns = (start // 8 + tl.arange(0, BLOCK // 8))[None, :]
-    inside = (row < rows) & (columns < width_bytes)
-    bits = tl.load(bits_ptr + row * width_bytes + columns, mask=inside, other=0)
-    columns = (start + tl.arange(0, BLOCK))[None, :]
-    inside = (row < rows) & (columns < width)
-    dy = tl.load(dy_ptr + row * dy_row + columns, mask=inside, other=0.0).to(tl.float32)
-    dx = tl.where(_unpacked(bits, ROWS, BLOCK), dy * factor, 0.0)
-    tl.store(dx_ptr + row * width + columns, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    row, column, inside = tile(rows, width, ROWS, BLOCK)
+    kept = _read_bits(bits_ptr, rows, width_bytes, ROWS, BLOCK)
+    dy = read(dy_ptr + row * dy_row, column, inside)
+    write(dx_ptr + row * width, column, inside, tl.where(kept, dy * factor, 0.0))
 
 
 def _run(kernel: Any, t: Tensor, before: tuple[Any, ...], after: tuple[Any, ...]) -> None:
@@ -237,18 +197,17 @@ def _run(kernel: Any, t: Tensor, before: tuple[Any, ...], after: tuple[Any, ...]
     flat = t.contiguous().view(1, -1) if dense else by_rows(t)
     rows, width = flat.shape
     block = max(8, min(_TILE, triton.next_power_of_2(width)))
-    tile, blocks = _TILE // block, triton.cdiv(width, block)
-    with torch.cuda.device_of(t):  # Triton launches on the current device
-        kernel[(triton.cdiv(rows, tile) * blocks,)](
-            flat, *before, rows, width, bytes_of(width), blocks, flat.stride(0), *after,
-            ROWS=tile, BLOCK=block, num_warps=warps(_TILE // _PER_THREAD), enable_fp_fusion=True,
-        )  # fmt: skip
+    each = _TILE // block
+    kernel[(triton.cdiv(rows, each) * triton.cdiv(width, block),)](
+        flat, *before, rows, width, bytes_of(width), flat.stride(0), *after, ROWS=each,
+        BLOCK=block, num_warps=warps(_TILE // _PER_THREAD), enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def pack(mask: Tensor) -> Results:
     """As the operator ``memopt::pack_bits``."""
     check_mask(mask)
-    bits = mask.new_empty(bytes_of(mask.numel()), dtype=torch.uint8)
+    bits = unwritten_bits(mask)
     if mask.numel():
         _run(pack_bits, mask.view(torch.uint8), (bits,), ())
     return (bits,)
@@ -259,19 +218,18 @@ def unpack(bits: Tensor, shape: list[int]) -> Results:
     mask = bits.new_empty(shape, dtype=torch.bool)
     check_bits(bits, mask.numel())
     if mask.numel():
-        with torch.cuda.device_of(bits):
-            unpack_bits[(triton.cdiv(mask.numel(), _UNPACKED_TILE),)](
-                bits.contiguous(), mask.view(torch.uint8), mask.numel(), bits.numel(),
-                BLOCK=_UNPACKED_TILE, num_warps=warps(_UNPACKED_TILE // _UNPACKED_PER_THREAD),
-                enable_fp_fusion=True,
-            )  # fmt: skip
+        unpack_bits[(triton.cdiv(mask.numel(), _UNPACKED_TILE),)](
+            bits.contiguous(), mask.view(torch.uint8), mask.numel(), bits.numel(),
+            BLOCK=_UNPACKED_TILE, num_warps=warps(_UNPACKED_TILE // _UNPACKED_PER_THREAD),
+            enable_fp_fusion=True,
+        )  # fmt: skip
     return (mask,)
 
 
 def dropout(x: Tensor, seed: Tensor, p: float) -> Results:
     """As the operator ``memopt::dropout_bits``."""
     check_dropout(seed, p)
-    y, bits = _results(x)
+    y, bits = unwritten(x)
     if x.numel():
         _run(dropout_bits, x, (seed, y, bits), (bound_of(p), factor_of(p)))
     return y, bits
@@ -279,7 +237,7 @@ def dropout(x: Tensor, seed: Tensor, p: float) -> Results:
 
 def relu(x: Tensor) -> Results:
     """As the operator ``memopt::relu_bits``."""
-    y, bits = _results(x)
+    y, bits = unwritten(x)
     if x.numel():
         _run(relu_bits, x, (y, bits), ())
     return y, bits
@@ -292,7 +250,3 @@ def apply(dy: Tensor, bits: Tensor, factor: float) -> Results:
     if dy.numel():
         _run(apply_bits, dy, (bits.contiguous(), dx), (factor,))
     return (dx,)
-
-
-def _results(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(bytes_of(x.numel()), dtype=torch.uint8)

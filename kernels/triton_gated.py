@@ -8,32 +8,22 @@ Legend: ``N`` rows, ``F`` entries of a row.
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from memopt.kernels.gated import SIGMOIDAL, check
+from memopt.kernels import gated_packed
+from memopt.kernels.gated import SIGMOIDAL, unwritten, unwritten_backward
 from memopt.kernels.gated_packed import halves
 from memopt.kernels.row_views import by_rows
 from memopt.kernels.serving import warps
 from memopt.kernels.spec import Results
+from memopt.kernels.triton_tiles import read, tile, write
 
 _TILE = 1024
 _NARROWEST = 256  # columns: where rows start inside a sector, each tile moves one more
 _PER_THREAD = 8  # entries, 128 bits of bfloat16
 _BUSY = 7 / 8  # lanes: more than that is not worth narrower tiles
-
-
-@triton.jit
-def _places(rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows and columns of the program's tile, and which of them there are."""
-    program = tl.program_id(0)
-    tiles = (width - 1) // BLOCK + 1  # a width next to 2**31 plus BLOCK would overflow
-    row = (program // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = program % tiles * BLOCK + tl.arange(0, BLOCK)  # in 64 bits where the width is
-    inside = (row < rows)[:, None] & (column < width)[None, :]
-    return row[:, None], column[None, :], inside
 
 
 @triton.jit
@@ -112,12 +102,11 @@ def gated_forward(
         ROWS: of a tile, a power of two.
         BLOCK: columns of a tile, a power of two.
     """
-    row, column, inside = _places(rows, width, ROWS, BLOCK)
-    gate = tl.load(gate_ptr + row * gate_row + column, mask=inside).to(tl.float32)
-    up = tl.load(up_ptr + row * up_row + column, mask=inside).to(tl.float32)
+    row, column, inside = tile(rows, width, ROWS, BLOCK)
+    gate = read(gate_ptr + row * gate_row, column, inside)
+    up = read(up_ptr + row * up_row, column, inside)
     value, _ = _activated(gate, ACTIVATION, LINEAR, CUBIC)
-    y = (value * up).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + row * width + column, y, mask=inside)
+    write(y_ptr + row * width, column, inside, value * up)
 
 
 @triton.jit
@@ -163,18 +152,15 @@ def gated_backward(
         ROWS: of a tile, a power of two.
         BLOCK: columns of a tile, a power of two.
     """
-    row, column, inside = _places(rows, width, ROWS, BLOCK)
-    dy = tl.load(dy_ptr + row * dy_row + column, mask=inside).to(tl.float32)
-    gate = tl.load(gate_ptr + row * gate_row + column, mask=inside).to(tl.float32)
-    up = tl.load(up_ptr + row * up_row + column, mask=inside).to(tl.float32)
+    row, column, inside = tile(rows, width, ROWS, BLOCK)
+    dy = read(dy_ptr + row * dy_row, column, inside)
+    gate = read(gate_ptr + row * gate_row, column, inside)
+    up = read(up_ptr + row * up_row, column, inside)
     value, slope = _activated(gate, ACTIVATION, LINEAR, CUBIC)
-    dgate = (slope * dy * up).to(dgate_ptr.dtype.element_ty)
-    tl.store(dgate_ptr + row * dgate_row + column, dgate, mask=inside)
-    dup = (dy * value).to(dup_ptr.dtype.element_ty)
-    tl.store(dup_ptr + row * dup_row + column, dup, mask=inside)
+    write(dgate_ptr + row * dgate_row, column, inside, slope * dy * up)
+    write(dup_ptr + row * dup_row, column, inside, dy * value)
     if y_ptr is not None:
-        y = (value * up).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + row * width + column, y, mask=inside)
+        write(y_ptr + row * width, column, inside, value * up)
 
 
 def _laid_out(*tensors: Tensor) -> list[Tensor]:
@@ -212,15 +198,11 @@ def _tiles(like: Tensor, activation: str) -> tuple[tuple[int], dict[str, Any]]:
 
 def forward(gate: Tensor, up: Tensor, activation: str) -> Results:
     """As the operator ``memopt::gated``."""
-    check(gate, up, activation)
-    y = gate.new_empty(gate.shape)
+    y = unwritten(gate, up, activation)
     if y.numel():  # a grid of no programs is an error
         gate, up, flat = _laid_out(gate, up, y)
         grid, constants = _tiles(flat, activation)
-        with torch.cuda.device_of(y):  # Triton launches on the current device
-            gated_forward[grid](
-                gate, up, flat, *flat.shape, gate.stride(0), up.stride(0), **constants
-            )
+        gated_forward[grid](gate, up, flat, *flat.shape, gate.stride(0), up.stride(0), **constants)
     return (y,)
 
 
@@ -231,38 +213,27 @@ def packed_forward(x: Tensor, activation: str, gate_last: bool) -> Results:
 
 def backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str, again: bool) -> Results:
     """As the operator ``memopt::gated_backward``."""
-    dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
-    y = _gradients(dy, gate, up, dgate, dup, activation, again)
-    return dgate, dup, y
+    results = unwritten_backward(dy, gate, up, activation, again)
+    _write_gradients((dy, gate, up), results, activation)
+    return results
 
 
 def packed_backward(
     dy: Tensor, x: Tensor, activation: str, gate_last: bool, again: bool
 ) -> Results:
     """As the operator ``memopt::gated_packed_backward``."""
-    dx = x.new_empty(x.shape)
-    parts = (*halves(x, gate_last), *halves(dx, gate_last))
-    return dx, _gradients(dy, *parts, activation, again)
+    dx, y = gated_packed.unwritten_backward(dy, x, activation, gate_last, again)
+    _write_gradients((dy, *halves(x, gate_last)), (*halves(dx, gate_last), y), activation)
+    return dx, y
 
 
-def _gradients(
-    dy: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    dgate: Tensor,
-    dup: Tensor,
-    activation: str,
-    again: bool,
-) -> Tensor:
-    """Write the gradients; give the result once more, or an empty tensor."""
-    check(gate, up, activation)
-    y = gate.new_empty(gate.shape if again else 0)
-    if dy.numel():
-        tensors = _laid_out(dy, gate, up, dgate, dup)
+def _write_gradients(given: Results, results: Results, activation: str) -> None:
+    """From gradient, gate and up to the gradients of the two, and to the result if it has room."""
+    *gradients, y = results
+    if given[0].numel():
+        tensors = _laid_out(*given, *gradients)
         grid, constants = _tiles(tensors[0], activation)
-        with torch.cuda.device_of(dy):
-            gated_backward[grid](
-                *tensors, y if again else None, *tensors[0].shape,
-                *(t.stride(0) for t in tensors), **constants,
-            )  # fmt: skip
-    return y
+        gated_backward[grid](
+            *tensors, y if y.numel() else None, *tensors[0].shape,
+            *(t.stride(0) for t in tensors), **constants,
+        )  # fmt: skip

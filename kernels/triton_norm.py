@@ -7,14 +7,18 @@ sums are in a fixed order.
 Legend: ``N`` rows, ``H`` entries of a row, ``P`` programs.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from memopt.kernels.norm import Arguments, BackwardArguments, unwritten, unwritten_backward
 from memopt.kernels.row_views import by_rows
 from memopt.kernels.serving import processors, warps
 from memopt.kernels.spec import Results
+from memopt.kernels.triton_tiles import read, write
 
 # Entries that a program holds at a time. The backward's programs are fewer: they are to have as
 # many bytes on their way together as memory needs to be busy.
@@ -31,8 +35,15 @@ def _parameters(ptr, columns, width, offset, ROWS: tl.constexpr, BLOCK: tl.const
     Read once for every row, as wide as the rows are: for a single one threads would have less
     than 128 bits each.
     """
-    place = tl.broadcast_to(columns[None, :], (ROWS, BLOCK))
+    place = tl.broadcast_to(columns, (ROWS, BLOCK))
     return tl.load(ptr + place, mask=place < width, other=0.0).to(tl.float32) + offset
+
+
+@triton.jit
+def _write_sum(ptr, parts, program, columns, width):
+    """The sum of the rows' parts of a gradient, as the program's part of it."""
+    total = tl.sum(parts, axis=0)[None, :]
+    write(ptr + program * width, columns, columns < width, total)
 
 
 @triton.jit
@@ -76,30 +87,27 @@ def norm_forward(
         ROWS: rows of a program, a power of two.
         BLOCK: ``width``, rounded up to a power of two.
     """
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
-    inside = (row < rows)[:, None] & (columns < width)[None, :]
-    place = row[:, None] * width + columns[None, :]
-    z = tl.load(x_ptr + row[:, None] * x_row + columns[None, :], mask=inside, other=0.0)
-    z = z.to(tl.float32)
+    number = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row, columns = number[:, None], tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (columns < width)
+    z = read(x_ptr + row * x_row, columns, inside)
     if residual_ptr is not None:
-        there = residual_ptr + row[:, None] * residual_row + columns[None, :]
-        z += tl.load(there, mask=inside, other=0.0).to(tl.float32)
-        rounded = z.to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + place, rounded, mask=inside)
-        z = rounded.to(tl.float32)
+        z += read(residual_ptr + row * residual_row, columns, inside)
+        z = z.to(total_ptr.dtype.element_ty)
+        write(total_ptr + row * width, columns, inside, z)
+        z = z.to(tl.float32)
     if CENTRED:
         mean = tl.sum(z, axis=1) / width
-        tl.store(mean_ptr + row, mean, mask=row < rows)
+        tl.store(mean_ptr + number, mean, mask=number < rows)
         z = tl.where(inside, z - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt_rn(tl.sum(z * z, axis=1) / width + eps)
-    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+    tl.store(rstd_ptr + number, rstd, mask=number < rows)
     y = z * rstd[:, None]
     if weight_ptr is not None:
         y *= _parameters(weight_ptr, columns, width, offset, ROWS, BLOCK)
     if bias_ptr is not None:
         y += _parameters(bias_ptr, columns, width, 0.0, ROWS, BLOCK)
-    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
+    write(y_ptr + row * width, columns, inside, y)
 
 
 @triton.jit
@@ -152,7 +160,7 @@ def norm_backward(
     program = tl.program_id(0)
     first = program.to(tl.int64) * rows_each
     last = tl.minimum(first + rows_each, rows)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK)[None, :]
     if weight_ptr is not None:
         weight = _parameters(weight_ptr, columns, width, offset, ROWS, BLOCK)
     if y_ptr is not None and bias_ptr is not None:
@@ -160,16 +168,14 @@ def norm_backward(
     of_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     of_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, rows_each, ROWS):
-        row = first + start + tl.arange(0, ROWS)
-        inside = (row < last)[:, None] & (columns < width)[None, :]
-        place = row[:, None] * width + columns[None, :]
-        there = row[:, None] * total_row + columns[None, :]
-        normal = tl.load(total_ptr + there, mask=inside, other=0.0).to(tl.float32)
-        there = row[:, None] * dy_row + columns[None, :]
-        g = tl.load(dy_ptr + there, mask=inside, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row, mask=row < last, other=0.0)[:, None]
+        number = first + start + tl.arange(0, ROWS)
+        row = number[:, None]
+        inside = (row < last) & (columns < width)
+        normal = read(total_ptr + row * total_row, columns, inside)
+        g = read(dy_ptr + row * dy_row, columns, inside)
+        rstd = tl.load(rstd_ptr + number, mask=number < last, other=0.0)[:, None]
         if mean_ptr is not None:
-            normal -= tl.load(mean_ptr + row, mask=row < last, other=0.0)[:, None]
+            normal -= tl.load(mean_ptr + number, mask=number < last, other=0.0)[:, None]
             normal = tl.where(inside, normal, 0.0)
         normal *= rstd
         if dweight_ptr is not None:
@@ -182,7 +188,7 @@ def norm_backward(
                 y *= weight
             if bias_ptr is not None:
                 y += bias
-            tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
+            write(y_ptr + row * width, columns, inside, y)
         if weight_ptr is not None:
             g *= weight
         dx = g - normal * (tl.sum(g * normal, axis=1) / width)[:, None]
@@ -190,16 +196,12 @@ def norm_backward(
             dx -= (tl.sum(g, axis=1) / width)[:, None]
         dx *= rstd
         if dtotal_ptr is not None:
-            there = row[:, None] * dtotal_row + columns[None, :]
-            dx += tl.load(dtotal_ptr + there, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-    there = program * width + columns
+            dx += read(dtotal_ptr + row * dtotal_row, columns, inside)
+        write(dx_ptr + row * width, columns, inside, dx)
     if dweight_ptr is not None:
-        total = tl.sum(of_weight, axis=0).to(dweight_ptr.dtype.element_ty)
-        tl.store(dweight_ptr + there, total, mask=columns < width)
+        _write_sum(dweight_ptr, of_weight, program, columns, width)
     if dbias_ptr is not None:
-        total = tl.sum(of_bias, axis=0).to(dbias_ptr.dtype.element_ty)
-        tl.store(dbias_ptr + there, total, mask=columns < width)
+        _write_sum(dbias_ptr, of_bias, program, columns, width)
 
 
 def _tile(width: int, entries: int) -> tuple[int, int, int]:
@@ -219,76 +221,49 @@ def _row(t: Tensor | None) -> int:
     return 0 if t is None else t.stride(0)
 
 
-def forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    offset: float,
-    centred: bool,
-) -> Results:
+def forward(*args: Any) -> Results:
     """As the operator ``memopt::norm``."""
-    shape, width = x.shape, x.shape[-1]
-    empty, statistics = x.new_empty(0), torch.float32
-    y = x.new_empty(shape)
-    total = empty if residual is None else x.new_empty(shape)
-    mean = x.new_empty(shape[:-1] if centred else 0, dtype=statistics)
-    rstd = x.new_empty(shape[:-1], dtype=statistics)
-    flat, added = by_rows(x), None if residual is None else by_rows(residual)
+    a = Arguments(*args)
+    results = unwritten(*args)
+    x, residual = by_rows(a.x), None if a.residual is None else by_rows(a.residual)
+    count, width = x.shape
     rows, block, warps_each = _tile(width, _FORWARD_TILE)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        norm_forward[(triton.cdiv(len(flat), rows),)](
-            flat, added, weight, bias, y, total, mean, rstd, len(flat), width, _row(flat),
-            _row(added), eps, offset, CENTRED=centred, ROWS=rows, BLOCK=block,
-            num_warps=warps_each, enable_fp_fusion=True,
-        )  # fmt: skip
-    return y, total, mean, rstd
+    norm_forward[(triton.cdiv(count, rows),)](
+        x, residual, a.weight, a.bias, *results, count, width, _row(x), _row(residual), a.eps,
+        a.offset, CENTRED=a.centred, ROWS=rows, BLOCK=block, num_warps=warps_each,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    return results
 
 
-def backward(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    total: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    offset: float,
-    wanted: list[bool],
-    again: bool,
-) -> Results:
+def backward(*args: Any) -> Results:
     """As the operator ``memopt::norm_backward``."""
-    width = dy.shape[-1]
-    flat, more, stream = by_rows(dy), None if dtotal is None else by_rows(dtotal), by_rows(total)
-    count = programs(dy, len(flat))
-    parts = [
-        _part(like, count) if on and like is not None else None
-        for on, like in zip(wanted, (weight, bias), strict=True)
-    ]
-    dx = total.new_empty(total.shape)
-    y = total.new_empty(total.shape if again else 0)
+    a = BackwardArguments(*args)
+    dx, of_weight, of_bias, y = unwritten_backward(*args)
+    dy, total = by_rows(a.dy), by_rows(a.total)
+    dtotal = None if a.dtotal is None else by_rows(a.dtotal)
+    count, width = dy.shape
+    grid = programs(a.dy, count)
+    parts = [_part(of, grid) for of in (of_weight, of_bias)]
     rows, block, warps_each = _tile(width, _BACKWARD_TILE)
-    with torch.cuda.device_of(dy):
-        norm_backward[(count,)](
-            flat, more, stream, weight, bias, mean if mean.numel() else None, rstd, dx, *parts,
-            y if again else None, len(flat), width, _row(flat), _row(more), _row(stream), offset,
-            triton.cdiv(len(flat), count), ROWS=rows, BLOCK=block, num_warps=warps_each,
-            enable_fp_fusion=True,
-        )  # fmt: skip
-    return dx, _sum(parts[0], weight, rstd), _sum(parts[1], bias, rstd), y
+    norm_backward[(grid,)](
+        dy, dtotal, total, a.weight, a.bias, _given(a.mean), a.rstd, dx, *parts, _given(y), count,
+        width, _row(dy), _row(dtotal), _row(total), a.offset, triton.cdiv(count, grid), ROWS=rows,
+        BLOCK=block, num_warps=warps_each, enable_fp_fusion=True,
+    )  # fmt: skip
+    for of, part in zip((of_weight, of_bias), parts, strict=True):
+        if part is not None and grid > 1:
+            of.copy_(part.sum(0))
+    return dx, of_weight, of_bias, y
 
 
-def _part(like: Tensor, count: int) -> Tensor:
+def _given(t: Tensor) -> Tensor | None:
+    """None for what is left out, which is an empty tensor among an operator's results."""
+    return t if t.numel() else None
+
+
+def _part(of: Tensor, grid: int) -> Tensor | None:
     """What each program's part of a gradient is written to: the result itself where one runs."""
-    if count == 1:
-        return like.new_empty(like.shape)
-    return like.new_empty(count, len(like), dtype=torch.float32)
-
-
-def _sum(part: Tensor | None, like: Tensor | None, otherwise: Tensor) -> Tensor:
-    """The sum of all programs' parts; empty where there are none, of this or the other dtype."""
-    if part is None:
-        return (otherwise if like is None else like).new_empty(0)
-    assert like is not None
-    return part if part.dim() == 1 else part.sum(0).to(like.dtype)
+    if grid == 1 or not of.numel():
+        return _given(of)
+    return of.new_empty(grid, len(of), dtype=torch.float32)

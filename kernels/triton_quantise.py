@@ -12,10 +12,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from memopt.kernels.quantise import check, check_packed, groups_of, packed_width
+from memopt.kernels.quantise import check_packed, unwritten
 from memopt.kernels.row_views import by_rows
 from memopt.kernels.serving import warps
 from memopt.kernels.spec import Results
+from memopt.kernels.triton_tiles import read, write
 
 # Entries of a program, and of a thread. A thread reads two or four times 128 bits of codes: there
 # are loads of scales and zero points besides.
@@ -26,10 +27,20 @@ _PER_THREAD = 64
 
 
 @triton.jit
-def _group_and_row(groups_each, GROUPS: tl.constexpr):
-    """Numbers of this program's groups, of all and in their rows, and those of the rows."""
+def _tile(groups, groups_each, width, GROUPS: tl.constexpr, GROUP: tl.constexpr):
+    """Numbers of this program's groups; rows and columns of their entries, and which there are.
+
+    Args:
+        groups: of all rows.
+        groups_each: of a row.
+        width: entries of a row, or bytes.
+        GROUPS: of a program.
+        GROUP: entries or bytes of each.
+    """
     number = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-    return number, (number % groups_each)[:, None], (number // groups_each)[:, None]
+    column = (number % groups_each)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = (number < groups)[:, None] & (column < width)
+    return number, (number // groups_each)[:, None], column, inside
 
 
 @triton.jit
@@ -63,10 +74,8 @@ def quantise_groups(
         GROUPS: groups of a program, a power of two.
         GROUP: entries of each, a power of two.
     """
-    number, group, row = _group_and_row(groups_each, GROUPS)
-    columns = group * GROUP + tl.arange(0, GROUP)[None, :]
-    inside = (number < groups)[:, None] & (columns < width)
-    x = tl.load(x_ptr + row * x_row + columns, mask=inside, other=0.0).to(tl.float32)
+    number, row, column, inside = _tile(groups, groups_each, width, GROUPS, GROUP)
+    x = read(x_ptr + row * x_row, column, inside)
     finite = tl.abs(x) < float("inf")  # a maximum drops NaN
     if zero_ptr is None:
         span = tl.max(tl.where(finite, tl.abs(x), float("inf")), axis=1)
@@ -88,9 +97,8 @@ def quantise_groups(
     if BITS == 4:
         low_half, high_half = tl.split(tl.reshape(whole, (GROUPS, GROUP // 2, 2)))
         whole = low_half | (high_half << 4)
-    places = group * (GROUP * BITS // 8) + tl.arange(0, GROUP * BITS // 8)[None, :]
-    inside = (number < groups)[:, None] & (places < width_bytes)
-    tl.store(packed_ptr + row * width_bytes + places, whole.to(tl.uint8), mask=inside)
+    _, row, column, inside = _tile(groups, groups_each, width_bytes, GROUPS, GROUP * BITS // 8)
+    write(packed_ptr + row * width_bytes, column, inside, whole)
 
 
 @triton.jit
@@ -122,38 +130,28 @@ def dequantise_groups(
         GROUPS: groups of a program, a power of two.
         GROUP: entries of each, a power of two.
     """
-    number, group, row = _group_and_row(groups_each, GROUPS)
-    places = group * (GROUP * BITS // 8) + tl.arange(0, GROUP * BITS // 8)[None, :]
-    inside = (number < groups)[:, None] & (places < width_bytes)
-    codes = tl.load(packed_ptr + row * width_bytes + places, mask=inside, other=0).to(tl.int32)
+    _, row, column, inside = _tile(groups, groups_each, width_bytes, GROUPS, GROUP * BITS // 8)
+    codes = tl.load(packed_ptr + row * width_bytes + column, mask=inside, other=0).to(tl.int32)
     if BITS == 4:
         codes = tl.reshape(tl.join(codes & 15, codes >> 4), (GROUPS, GROUP))
+    number, row, column, inside = _tile(groups, groups_each, width, GROUPS, GROUP)
     scale = tl.load(scale_ptr + number, mask=number < groups, other=0.0).to(tl.float32)
     if zero_ptr is None:
         y = (codes - 2 ** (BITS - 1)).to(tl.float32) * scale[:, None]
     else:
         zero = tl.load(zero_ptr + number, mask=number < groups, other=0.0).to(tl.float32)
         y = codes.to(tl.float32) * scale[:, None] + zero[:, None]
-    columns = group * GROUP + tl.arange(0, GROUP)[None, :]
-    inside = (number < groups)[:, None] & (columns < width)
-    tl.store(y_ptr + row * width + columns, y.to(y_ptr.dtype.element_ty), mask=inside)
+    write(y_ptr + row * width, column, inside, y)
 
 
 def quantise(x: Tensor, bits: int, group: int, symmetric: bool) -> Results:
     """As the operator ``memopt::quantise``."""
-    check(x.dim(), bits, group)
-    rows, width = x.shape[:-1], x.shape[-1]
-    scales = (*rows, groups_of(width, group))
-    packed = x.new_empty((*rows, packed_width(width, bits)), dtype=torch.uint8)
-    scale = x.new_empty(scales, dtype=torch.float32)
-    zero = x.new_empty(0 if symmetric else scales, dtype=torch.float32)
-    if not x.numel():
-        return packed, scale, zero
-    flat, each = by_rows(x), max(1, _QUANTISED_TILE // group)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
+    packed, scale, zero = unwritten(x, bits, group, symmetric)
+    if x.numel():
+        flat, each = by_rows(x), max(1, _QUANTISED_TILE // group)
         quantise_groups[(triton.cdiv(scale.numel(), each),)](
-            flat, packed, scale, None if symmetric else zero, scale.numel(), scales[-1], width,
-            packed.shape[-1], flat.stride(0), BITS=bits, GROUPS=each, GROUP=group,
+            flat, packed, scale, None if symmetric else zero, scale.numel(), scale.shape[-1],
+            x.shape[-1], packed.shape[-1], flat.stride(0), BITS=bits, GROUPS=each, GROUP=group,
             num_warps=warps(_QUANTISED_TILE // _QUANTISED_PER_THREAD), enable_fp_fusion=False,
         )  # fmt: skip
     return packed, scale, zero
@@ -171,10 +169,8 @@ def dequantise(
     """As the operator ``memopt::dequantise``, of float32 scales."""
     check_packed(packed, scale, zero, shape, bits, group)
     y = packed.new_empty(shape, dtype=dtype)
-    if not y.numel():
-        return (y,)
-    each = max(1, _TILE // group)
-    with torch.cuda.device_of(packed):
+    if y.numel():
+        each = max(1, _TILE // group)
         dequantise_groups[(triton.cdiv(scale.numel(), each),)](
             packed.contiguous(), scale.contiguous(), zero.contiguous() if zero.numel() else None,
             y, scale.numel(), scale.shape[-1], shape[-1], packed.shape[-1], BITS=bits,

@@ -10,7 +10,6 @@ Legend: ``N`` rows, ``H`` entries of a row.
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,6 +19,7 @@ from memopt.kernels.row_views import by_rows
 from memopt.kernels.serving import warps
 from memopt.kernels.softmax import ROW_ON_CHIP, check, check_capped
 from memopt.kernels.spec import Results
+from memopt.kernels.triton_tiles import read, write
 
 # Entries of a program, and of a thread; longer rows get more threads, then more entries each.
 _TILE = 2048
@@ -41,11 +41,11 @@ def _places(row, sizes, strides, LEVELS: tl.constexpr):
 @triton.jit
 def _logits(x_ptr, mask_ptr, columns, mask_column, inside, factor, softcap, CAPPED: tl.constexpr):
     """Logits in float32, minus infinity beyond the last one."""
-    z = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32) * factor
+    z = read(x_ptr, columns, inside) * factor
     if CAPPED:
         z = libdevice.tanh(z) * softcap
     if mask_ptr is not None:
-        z += tl.load(mask_ptr + columns * mask_column, mask=inside, other=0.0).to(tl.float32)
+        z += read(mask_ptr, columns * mask_column, inside)
     return tl.where(inside, z, float("-inf"))
 
 
@@ -86,19 +86,16 @@ def softmax_forward(
         ROWS: rows of a program, a power of two.
         BLOCK: ``width``, rounded up to a power of two.
     """
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
-    inside = (row < rows)[:, None] & (columns < width)
+    inside = (row < rows) & (columns < width)
     if mask_ptr is not None:
-        mask_ptr += _places(row, sizes, strides, LEVELS)[:, None]
-    z = _logits(
-        x_ptr + (row * x_row)[:, None], mask_ptr, columns, mask_column, inside, factor, softcap,
-        CAPPED,
-    )  # fmt: skip
+        mask_ptr += _places(row, sizes, strides, LEVELS)
+    x_ptr += row * x_row
+    z = _logits(x_ptr, mask_ptr, columns, mask_column, inside, factor, softcap, CAPPED)
     e = tl.exp(z - tl.max(z, axis=1)[:, None])
     y = e / tl.sum(e, axis=1)[:, None]
-    place = (row * width)[:, None] + columns
-    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
+    write(y_ptr + row * width, columns, inside, y)
 
 
 @triton.jit
@@ -140,7 +137,7 @@ def softmax_forward_looped(
         inside = columns < width
         z = _logits(x_ptr, mask_ptr, columns, mask_column, inside, factor, softcap, CAPPED)
         y = tl.exp(z - largest) / total
-        tl.store(y_ptr + columns, y.to(y_ptr.dtype.element_ty), mask=inside)
+        write(y_ptr, columns, inside, y)
 
 
 @triton.jit
@@ -148,7 +145,7 @@ def _gradient(dy, y, dot, x_ptr, columns, inside, factor, scale):
     """Of ``x``, from those of a block of softmaxes."""
     dx = y * (dy - dot)
     if x_ptr is not None:
-        x = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        x = read(x_ptr, columns, inside)
         e = tl.exp(-2.0 * tl.abs(x * factor))
         dx *= 4.0 * e / ((1.0 + e) * (1.0 + e))  # 1 - tanh**2, with no difference to lose digits
     return dx * scale
@@ -190,13 +187,13 @@ def softmax_backward(
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (columns < width)
-    dy = tl.load(dy_ptr + row * dy_row + columns, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + row * y_row + columns, mask=inside, other=0.0).to(tl.float32)
+    dy = read(dy_ptr + row * dy_row, columns, inside)
+    y = read(y_ptr + row * y_row, columns, inside)
     if x_ptr is not None:
         x_ptr += row * x_row
     dot = tl.sum(dy * y, axis=1)[:, None]
     dx = _gradient(dy, y, dot, x_ptr, columns, inside, factor, scale)
-    tl.store(dx_ptr + row * width + columns, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    write(dx_ptr + row * width, columns, inside, dx)
 
 
 @triton.jit
@@ -223,45 +220,47 @@ def softmax_backward_looped(
     dot = 0.0
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        dy = tl.load(dy_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
-        y = tl.load(y_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
-        dot += tl.sum(dy * y, axis=0)
+        inside = columns < width
+        dot += tl.sum(read(dy_ptr, columns, inside) * read(y_ptr, columns, inside), axis=0)
     blocks = tl.cdiv(width, BLOCK)
     for block in range(blocks):
         columns = (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
         inside = columns < width
-        dy = tl.load(dy_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-        y = tl.load(y_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        dy, y = read(dy_ptr, columns, inside), read(y_ptr, columns, inside)
         dx = _gradient(dy, y, dot, x_ptr, columns, inside, factor, scale)
-        tl.store(dx_ptr + columns, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        write(dx_ptr, columns, inside, dx)
 
 
-def _launch(kernels: tuple[Any, Any], flat: Tensor, *args: Any, **constants: Any) -> None:
-    """Run the kernel for rows of this length: the one that holds them, or the looped one.
+def _run(
+    kernels: tuple[Any, Any],
+    flat: Tensor,
+    tensors: Sequence[Tensor | None],
+    others: Sequence[Any],
+    **constants: Any,
+) -> None:
+    """Launch the kernel for rows of this length: the one that holds them, or the looped one.
 
     Args:
         kernels: both.
-        flat: `(N, H)`, with a result of its size among the other arguments.
-        args: tensors, then what follows the sizes.
+        flat: `(N, H)`.
+        tensors: the others; one of them takes a result of its size.
+        others: arguments that follow the sizes.
         constants: of both kernels.
     """
-    tensors = [arg for arg in args if arg is None or isinstance(arg, Tensor)]
-    others = args[len(tensors) :]
     (rows, width), (whole, looped) = flat.shape, kernels
-    with torch.cuda.device_of(flat):  # Triton launches on the current device
-        if width > ROW_ON_CHIP:
-            looped[(rows,)](
-                flat, *tensors, width, *others, **constants, BLOCK=_LOOPED_BLOCK,
-                num_warps=warps(_MOST_THREADS), enable_fp_fusion=True,
-            )  # fmt: skip
-            return
-        block = triton.next_power_of_2(width)
-        each = max(1, _TILE // block)
-        threads = min(_MOST_THREADS, max(32, each * block // _PER_THREAD))
-        whole[(triton.cdiv(rows, each),)](
-            flat, *tensors, rows, width, *others, **constants, ROWS=each, BLOCK=block,
-            num_warps=warps(threads), enable_fp_fusion=True,
+    if width > ROW_ON_CHIP:
+        looped[(rows,)](
+            flat, *tensors, width, *others, **constants, BLOCK=_LOOPED_BLOCK,
+            num_warps=warps(_MOST_THREADS), enable_fp_fusion=True,
         )  # fmt: skip
+        return
+    block = triton.next_power_of_2(width)
+    each = max(1, _TILE // block)
+    threads = min(_MOST_THREADS, max(32, each * block // _PER_THREAD))
+    whole[(triton.cdiv(rows, each),)](
+        flat, *tensors, rows, width, *others, **constants, ROWS=each, BLOCK=block,
+        num_warps=warps(threads), enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def _levels(shape: Sequence[int], strides: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -290,9 +289,10 @@ def forward(x: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Res
         mask = mask.expand(x.shape)
         column = mask.stride(-1)
         sizes, strides = _levels(x.shape[:-1], mask.stride()[:-1])
-    _launch(
-        (softmax_forward, softmax_forward_looped), flat, mask, y, flat.stride(0), sizes, strides,
-        column, scale / (softcap or 1.0), softcap, CAPPED=softcap != 0.0, LEVELS=len(sizes),
+    others = flat.stride(0), sizes, strides, column, scale / (softcap or 1.0), softcap
+    _run(
+        (softmax_forward, softmax_forward_looped), flat, (mask, y), others, CAPPED=softcap != 0.0,
+        LEVELS=len(sizes),
     )  # fmt: skip
     return (y,)
 
@@ -305,9 +305,7 @@ def backward(dy: Tensor, y: Tensor, x: Tensor | None, scale: float, softcap: flo
         return (dx,)
     flat, results = by_rows(dy), by_rows(y)
     logits = by_rows(x) if x is not None and softcap else None
-    _launch(
-        (softmax_backward, softmax_backward_looped), flat, results, logits, dx, flat.stride(0),
-        results.stride(0), 0 if logits is None else logits.stride(0), scale / (softcap or 1.0),
-        scale,
-    )  # fmt: skip
+    strides = (0 if t is None else t.stride(0) for t in (flat, results, logits))
+    others = (*strides, scale / (softcap or 1.0), scale)
+    _run((softmax_backward, softmax_backward_looped), flat, (results, logits, dx), others)
     return (dx,)

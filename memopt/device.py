@@ -23,7 +23,7 @@ class DeviceSpec:
         launch_seconds: cost of starting one kernel.
         allocation_granularity: the allocator rounds each storage up to a multiple of this.
         processors: streaming multiprocessors, compute units or cores.
-        link: bytes per second between device and host, in each direction.
+        link: bytes per second between the device and its host, in each direction.
     """
 
     name: str
@@ -40,9 +40,21 @@ class DeviceSpec:
         return self.flops.get(dtype, self.flops["float32"])
 
 
+# Operations per second of float32, TF32 and 16-bit floating point; bytes per second; GiB of
+# memory; processors; bytes per second of the link to the host, as pinned copies reach it.
+_GPUS = {
+    "a100": (19.5e12, 156e12, 312e12, 2.0e12, 80, 108, 25e9),
+    "h100": (67e12, 494e12, 989e12, 3.35e12, 80, 132, 45e9),
+    "h200": (67e12, 494e12, 989e12, 4.8e12, 141, 132, 45e9),
+    "b200": (75e12, 1100e12, 2250e12, 8.0e12, 180, 148, 45e9),
+    "l40s": (91e12, 183e12, 362e12, 0.86e12, 48, 142, 25e9),
+    "rtx4090": (82e12, 82e12, 165e12, 1.0e12, 24, 128, 25e9),
+    "mi300x": (163e12, 653e12, 1307e12, 5.3e12, 192, 304, 45e9),
+}
+
+
 def _gpu(
     name: str,
-    *,
     fp32: float,
     tf32: float,
     half: float,
@@ -51,10 +63,9 @@ def _gpu(
     processors: int,
     link: float,
 ) -> DeviceSpec:
-    flops = {"float32": fp32, "tf32": tf32, "bfloat16": half, "float16": half}
     return DeviceSpec(
         name=name,
-        flops=flops,
+        flops={"float32": fp32, "tf32": tf32, "bfloat16": half, "float16": half},
         bandwidth=bandwidth,
         memory_bytes=gigabytes * 2**30,
         launch_seconds=4e-6,
@@ -79,80 +90,8 @@ def _cpu() -> DeviceSpec:
 
 
 DEVICES: dict[str, DeviceSpec] = {
-    spec.name: spec
-    for spec in (
-        _cpu(),
-        _gpu(
-            "a100",
-            fp32=19.5e12,
-            tf32=156e12,
-            half=312e12,
-            bandwidth=2.0e12,
-            gigabytes=80,
-            processors=108,
-            link=25e9,
-        ),
-        _gpu(
-            "h100",
-            fp32=67e12,
-            tf32=494e12,
-            half=989e12,
-            bandwidth=3.35e12,
-            gigabytes=80,
-            processors=132,
-            link=45e9,
-        ),
-        _gpu(
-            "h200",
-            fp32=67e12,
-            tf32=494e12,
-            half=989e12,
-            bandwidth=4.8e12,
-            gigabytes=141,
-            processors=132,
-            link=45e9,
-        ),
-        _gpu(
-            "b200",
-            fp32=75e12,
-            tf32=1100e12,
-            half=2250e12,
-            bandwidth=8.0e12,
-            gigabytes=180,
-            processors=148,
-            link=45e9,
-        ),
-        _gpu(
-            "l40s",
-            fp32=91e12,
-            tf32=183e12,
-            half=362e12,
-            bandwidth=0.86e12,
-            gigabytes=48,
-            processors=142,
-            link=25e9,
-        ),
-        _gpu(
-            "rtx4090",
-            fp32=82e12,
-            tf32=82e12,
-            half=165e12,
-            bandwidth=1.0e12,
-            gigabytes=24,
-            processors=128,
-            link=25e9,
-        ),
-        _gpu(
-            "mi300x",
-            fp32=163e12,
-            tf32=653e12,
-            half=1307e12,
-            bandwidth=5.3e12,
-            gigabytes=192,
-            processors=304,
-            link=45e9,
-        ),
-    )
+    "cpu": _cpu(),
+    **{name: _gpu(name, *figures) for name, figures in _GPUS.items()},
 }
 
 

@@ -1,8 +1,16 @@
 """What a call allocates and frees again: measured, and held against a formula."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from bench.meter import Meter
+from memopt.kernels.spec import KernelSpec
+
+# What single numbers and vectors take.
+_PAGE_BYTES = 4096
+# What a CPU copies a transposed matrix by way of: tiles of 60 by 60 entries.
+_TRANSPOSED_BYTES = 60 * 60 * 8
 
 
 def scratch_of(call: Callable[[], object], device: str = "cpu") -> int:
@@ -17,4 +25,15 @@ def scratch_of(call: Callable[[], object], device: str = "cpu") -> int:
 def assert_scratch_is(formula_bytes: int, call: Callable[[], object]) -> None:
     """To a hundredth, and a page for single numbers and vectors."""
     measured = scratch_of(call)
-    assert abs(formula_bytes - measured) <= measured // 100 + 4096
+    assert abs(formula_bytes - measured) <= measured // 100 + _PAGE_BYTES
+
+
+def assert_scratch_is_stated(spec: KernelSpec, *args: Any) -> None:
+    """The same, of what a kernel states of itself."""
+    assert_scratch_is(spec.scratch(*args), partial(spec.operator, *args))
+
+
+def assert_scratch_is_within(spec: KernelSpec, *args: Any) -> None:
+    """It is no more than a kernel states of itself, of small arguments and other layouts too."""
+    measured = scratch_of(partial(spec.operator, *args))
+    assert measured <= spec.scratch(*args) + _PAGE_BYTES + _TRANSPOSED_BYTES

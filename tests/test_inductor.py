@@ -1,5 +1,6 @@
 """Through Inductor: the bound holds on emitted code, eager's numbers, caches still work."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import memopt
 from bench.meter import Meter
 from bench.zoo import MODELS
 from memopt._torch import dynamo_counters
-from tests.training import gradients, train_step
+from tests.training import assert_trains_within_reference_error, train_step
 
 NAMES = ("lm_dropout", "unet")
 
@@ -24,12 +25,19 @@ def peak_of(run: Any, model: nn.Module, inputs: dict[str, Any]) -> int:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_bound_holds_and_the_numbers_are_those_of_stock_inductor(name: str) -> None:
+def test_the_bound_holds_and_the_numbers_are_as_near_to_float64_as_stock_inductors(
+    name: str,
+) -> None:
+    """Eager is no reference: it draws other masks, and adds up in another order.
+
+    The gradient of a U-Net's last norm is an order of magnitude nearer to float64 in eager than in
+    stock Inductor, and nine times further off in eager itself with tensors laid out channels last.
+    """
     model, tensors = MODELS[name].make("tiny")
     inputs: dict[str, Any] = dict(tensors)
+    exact = copy.deepcopy(model).double()
     stock = torch.compile(model)
     stock_peak = peak_of(stock, model, inputs)
-    expected = gradients(model)
     unbounded = torch.compile(model, backend="memopt")
     assert peak_of(unbounded, model, inputs) <= stock_peak
     floor = memopt.explain(model, options={"memory_budget": "min"}, **inputs).graphs[0]
@@ -37,10 +45,10 @@ def test_the_bound_holds_and_the_numbers_are_those_of_stock_inductor(name: str) 
     budget = (floor.predicted_peak_bytes + stock_peak) // 2
     bounded = torch.compile(model, backend="memopt", options={"memory_budget": budget})
     assert peak_of(bounded, model, inputs) <= budget
-    actual = gradients(model)
-    largest = max(float(g.abs().max()) for g in expected.values())
-    for key, reference in expected.items():
-        torch.testing.assert_close(actual[key], reference, rtol=2e-4, atol=2e-5 * largest)
+    truth = torch.compile(exact)
+    assert_trains_within_reference_error(
+        (bounded, model), (truth, exact), (stock, model), [inputs]
+    )
 
 
 def test_the_report_foretells_the_measured_peak() -> None:

@@ -87,6 +87,7 @@ def spec_of(function: Function, sample: Sequence[Tensor]) -> KernelSpec:
         name="memopt::region",
         plain=function,
         launch=run,
+        scratch=lambda *_: 0,
         samples=samples,
         l2_share=1.5,
         source="memopt",

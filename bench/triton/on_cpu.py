@@ -102,7 +102,7 @@ def _behind(call: Call, twins: Twins, launches: list[Launch]) -> Call:
         with (
             disable_modes(),
             torch.no_grad(),
-            _kernels_on_cpu(),
+            patch.object(serving, "knows", lambda device: True),
             uninitialised_is_nan(),
             trace() as seen,
         ):
@@ -136,22 +136,3 @@ class _Interpreted:
         given = dict(zip(names, arguments, strict=True))
         grid = GridExpr.from_meta(self._meta, self._config).eval_slow({**given, **blocks})
         self._kernel[grid](**given, **blocks)
-
-
-@contextlib.contextmanager
-def _kernels_on_cpu() -> Iterator[None]:
-    """Within it, our operators launch their kernels on CPU tensors too.
-
-    The code of the function is exchanged, because operators import it by name.
-    """
-    before = serving.serves.__code__
-    serving.serves.__code__ = _serves.__code__
-    try:
-        yield
-    finally:
-        serving.serves.__code__ = before
-
-
-def _serves(x: Tensor) -> bool:
-    """What is left of ``serves`` where the device does not matter."""
-    return x.dtype in _DTYPES  # type: ignore[name-defined]  # noqa: F821 - of the other module

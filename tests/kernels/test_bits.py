@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import hypothesis.strategies as st
@@ -17,7 +16,7 @@ from memopt.kernels.bits import APPLY_BITS, PACK_BITS, UNPACK_BITS
 from memopt.kernels.masking import DROPOUT_BITS, RELU_BITS
 from memopt.kernels.philox import random_words
 from tests.references import LOW_PRECISION
-from tests.scratch import assert_scratch_is
+from tests.scratch import assert_scratch_is_stated
 
 Tensor = torch.Tensor
 SEED = torch.tensor(20240229)
@@ -232,11 +231,8 @@ def test_the_formulas_of_scratch_hold(dtype: torch.dtype, count: int) -> None:
     x = torch.randn(count).to(dtype)
     mask = x > 0
     packed = PACK_BITS(mask)
-    for formula, call, args in (
-        (bits.pack_scratch_bytes, PACK_BITS, (mask,)),
-        (bits.unpack_scratch_bytes, UNPACK_BITS, (packed, [count])),
-        (bits.apply_scratch_bytes, APPLY_BITS, (x, packed, 2.0)),
-        (masking.dropout_scratch_bytes, DROPOUT_BITS, (x, SEED, 0.5)),
-        (masking.relu_scratch_bytes, RELU_BITS, (x,)),
-    ):
-        assert_scratch_is(formula(*args), partial(call, *args))
+    assert_scratch_is_stated(bits.PACK_SPEC, mask)
+    assert_scratch_is_stated(bits.UNPACK_SPEC, packed, [count])
+    assert_scratch_is_stated(bits.APPLY_SPEC, x, packed, 2.0)
+    assert_scratch_is_stated(masking.DROPOUT_SPEC, x, SEED, 0.5)
+    assert_scratch_is_stated(masking.RELU_SPEC, x)

@@ -12,6 +12,7 @@ from memopt._torch import FakeTensorMode
 from memopt.errors import ConfigError
 from memopt.kernels import cross_entropy_rows, cut_launches, linear_cross_entropy
 from memopt.kernels import cut_cross_entropy as cut
+from memopt.kernels.head import Sizes
 from tests.idle_kernels import IdleKernels
 from tests.kernels.cut_cases import FULL, Case, arguments
 from tests.references import LOW_PRECISION, assert_draws_within_reference_error
@@ -80,7 +81,9 @@ def test_what_it_allocates_is_what_the_formula_says(
 
 def test_scratch_grows_with_neither_rows_nor_classes_but_for_a_few_numbers_a_row() -> None:
     small, large = (
-        cut.scratch_bytes(rows, 4096, classes, torch.bfloat16, (True, True, False), False)
+        cut.scratch_bytes(
+            Sizes(rows, 4096, classes, torch.bfloat16, (True, True, False)), smoothed=False
+        )
         for rows, classes in ((4096, 32_000), (65_536, 256_000))
     )
     assert small == large == 2048 * 2048 * 2 + 2048 * 4096 * 4

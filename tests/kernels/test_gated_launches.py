@@ -15,12 +15,12 @@ from bench.triton.ahead import TARGETS, Target
 from bench.triton.gate import compile_spec
 from bench.triton.interpreter import install
 from bench.triton.trace import trace
-from memopt.kernels import gated, gated_packed, scratch_table, spec, triton_gated
+from memopt.kernels import gated, gated_packed, serving, triton_gated
 from memopt.kernels.gated import GATED
 from memopt.kernels.gated_packed import GATED_PACKED, GATED_PACKED_BACKWARD
 from tests.kernels.gated_cases import SPELLED, spelled
 from tests.references import run
-from tests.scratch import assert_scratch_is, scratch_of
+from tests.scratch import assert_scratch_is, assert_scratch_is_stated, scratch_of
 
 Tensor = torch.Tensor
 
@@ -30,7 +30,7 @@ install()
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators run Triton on the CPU too, where it is interpreted."""
-    monkeypatch.setattr(spec, "serves", lambda x: True)
+    monkeypatch.setattr(serving, "knows", lambda device: True)
 
 
 def test_halves_are_read_and_written_where_they_lie(interpreted: None) -> None:
@@ -141,15 +141,13 @@ def calls(dtype: torch.dtype, activation: str) -> Iterator[tuple[int, Callable[[
     """Of every operator: the bytes that its formula says, and a call."""
     gate, up, dy = torch.randn(3, 64, 1024, dtype=dtype)
     x = torch.cat((gate, up), -1)
-    table = scratch_table()
-    for name, *args in (
-        ("gated", gate, up, activation),
-        ("gated_backward", dy, gate, up, activation, True),
-        ("gated_packed", x, activation, False),
-        ("gated_packed_backward", dy, x, activation, False, True),
+    for spec, *args in (
+        (gated.SPEC, gate, up, activation),
+        (gated.BACKWARD_SPEC, dy, gate, up, activation, True),
+        (gated_packed.SPEC, x, activation, False),
+        (gated_packed.BACKWARD_SPEC, dy, x, activation, False, True),
     ):
-        operator = getattr(torch.ops.memopt, name).default
-        yield table[f"memopt.{name}"](*args), partial(operator, *args)
+        yield spec.scratch(*args), partial(spec.operator, *args)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -167,12 +165,9 @@ def test_no_activation_takes_more_scratch(activation: str, dtype: torch.dtype) -
         assert scratch_of(call) <= allowed + 64  # numbers of Python become tensors
 
 
-def test_scratch_of_a_launch_is_what_it_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (spec, gated):
-        monkeypatch.setattr(module, "serves", lambda x: True)
+def test_scratch_of_a_launch_is_what_it_copies(interpreted: None) -> None:
     even = torch.randn(64, 2, 1024).unbind(1)
     uneven = torch.randn(2, 16, 12, 1024).transpose(1, 2).unbind()
     transposed = torch.randn(2, 1024, 192).mT.unbind()
     for gate, up in (even, uneven, transposed):
-        call = partial(GATED, gate, up, "silu")
-        assert_scratch_is(gated.scratch_bytes(gate, up, "silu"), call)
+        assert_scratch_is_stated(gated.SPEC, gate, up, "silu")

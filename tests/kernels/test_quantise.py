@@ -9,15 +9,9 @@ import torch
 from hypothesis import given, settings
 
 from memopt.errors import ConfigError
-from memopt.kernels.quantise import (
-    DEQUANTISE,
-    GROUPS,
-    QUANTISE,
-    dequantise_scratch_bytes,
-    scratch_bytes,
-)
+from memopt.kernels.quantise import DEQUANTISE, DEQUANTISE_SPEC, GROUPS, QUANTISE, SPEC
 from tests.references import LOW_PRECISION
-from tests.scratch import assert_scratch_is
+from tests.scratch import assert_scratch_is_stated
 
 Tensor = torch.Tensor
 Round = Callable[..., tuple[Tensor, Tensor]]
@@ -273,6 +267,6 @@ def test_the_formulas_of_scratch_hold(
 ) -> None:
     x = torch.randn(512, width).to(dtype)
     args = x, bits, 128, symmetric
-    assert_scratch_is(scratch_bytes(*args), lambda: QUANTISE(*args))
+    assert_scratch_is_stated(SPEC, *args)
     back = *QUANTISE(*args), list(x.shape), dtype, bits, 128
-    assert_scratch_is(dequantise_scratch_bytes(*back), lambda: DEQUANTISE(*back))
+    assert_scratch_is_stated(DEQUANTISE_SPEC, *back)

@@ -15,11 +15,9 @@ from memopt.kernels.softmax import (
     SOFTMAX,
     SOFTMAX_BACKWARD,
     SPEC,
-    backward_scratch_bytes,
-    scratch_bytes,
 )
 from tests.references import LOW_PRECISION, assert_equal_in_float64, doubles
-from tests.scratch import assert_scratch_is
+from tests.scratch import assert_scratch_is_stated
 
 Tensor = torch.Tensor
 LONG = ROW_ON_CHIP + 1
@@ -302,7 +300,5 @@ def test_it_moves_no_more_bytes_than_liger_kernel(
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_the_formulas_of_scratch_hold(dtype: torch.dtype, softcap: float) -> None:
     x, mask = torch.randn(256, 1024).to(dtype), torch.randn(1024).to(dtype)
-    args = x, mask, 0.5, softcap
-    assert_scratch_is(scratch_bytes(*args), lambda: SOFTMAX(*args))
-    back = x, x, x if softcap else None, 0.5, softcap
-    assert_scratch_is(backward_scratch_bytes(*back), lambda: SOFTMAX_BACKWARD(*back))
+    assert_scratch_is_stated(SPEC, x, mask, 0.5, softcap)
+    assert_scratch_is_stated(BACKWARD_SPEC, x, x, x if softcap else None, 0.5, softcap)

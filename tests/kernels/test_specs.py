@@ -11,9 +11,10 @@ pytest.importorskip("triton")
 from bench.triton.ahead import TARGETS
 from bench.triton.gate import check_spec, compile_spec, in_float64, numbers
 from bench.triton.interpreter import install
-from memopt.kernels import specs
+from memopt.kernels import serving, specs
 from memopt.kernels.spec import KernelSpec
 from tests.references import LOW_PRECISION
+from tests.scratch import assert_scratch_is_within
 
 install()
 SPECS = {spec.name: spec for spec in specs()}
@@ -39,10 +40,19 @@ def test_its_usual_forms_compile_well(spec: KernelSpec, target: Any, dtype: torc
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_the_operator_says_what_it_returns(spec: KernelSpec, dtype: torch.dtype) -> None:
-    namespace, name = spec.name.split("::")
-    operator = getattr(getattr(torch.ops, namespace), name).default
     for sample in spec.samples(dtype):
-        torch.library.opcheck(operator, sample)
+        torch.library.opcheck(spec.operator, sample)
+
+
+@pytest.mark.parametrize("interpreted", [False, True], ids=["plain", "interpreted"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_it_allocates_no_more_than_it_says(
+    spec: KernelSpec, dtype: torch.dtype, interpreted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "knows", lambda device: interpreted)
+    for sample in spec.samples(dtype):
+        assert_scratch_is_within(spec, *sample)
 
 
 @pytest.mark.gpu
