@@ -194,7 +194,7 @@ def sliced(x: Tensor) -> tuple[Tensor, ...]:
 
 def repeated(x: Tensor) -> tuple[Tensor, ...]:
     angle = torch.linspace(0, 1, x.shape[-3] * x.shape[-1]).view(x.shape[-3], 1, x.shape[-1])
-    return x * angle.cos(), x * angle.sin()
+    return x * angle.tanh(), x * angle.exp()
 
 
 @pytest.mark.parametrize("function", [sliced, repeated])
