@@ -25,6 +25,7 @@ from memopt.trials import seconds
 
 Timer = Callable[[fx.GraphModule, Sequence[Tensor], torch.device], float]
 
+PACKED = (torch.int8, torch.uint8)
 _INDUCTOR = "inductor"
 
 
@@ -48,10 +49,11 @@ def inductor_kernels(program: RowProgram) -> int:
 
 def may_be_faster(program: RowProgram) -> bool:
     """Whether it is worth asking: the clauses of `memopt.passes.fuse_rows`."""
+    if not any(t.dtype in PACKED for t in program.results):
+        return False
     in_groups = any(store.offset.group > 1 for store in program.stores)
     sums = sum(isinstance(value, Reduce) and value.of_row for value in program.body)
-    quantised = any(t.dtype == torch.int8 for t in program.results)
-    return in_groups or inductor_kernels(program) > 1 or (sums > 1 and quantised)
+    return in_groups or inductor_kernels(program) > 1 or sums > 1
 
 
 def choose(region: LoweredRows, timer: Timer = seconds) -> Choice:

@@ -7,9 +7,10 @@ or goes over wide rows again, where
 (1) groups of columns count: bits of a mask, a scale for each group, beside sums of whole rows,
 (2) several results need several sums over the same row, one of them for a copy in int8.
 
-On a GPU these are timed, in every tiling and as Inductor compiles them, and what is fastest is
-taken. Asked for by ``options={"passes": {"fuse_rows": True}}``, every region becomes a kernel, and
-nothing is timed. On the CPU a region runs node by node, which is for tests alone.
+On a GPU those of them with results in int8 or bits are timed, in every tiling and as Inductor
+compiles them, and the fastest way is taken. Asked for by ``options={"passes": {"fuse_rows":
+True}}``, every region becomes a kernel, and nothing is timed. On the CPU a region runs node by
+node, which is for tests alone.
 
 Pays: bytes to and from memory, by the remark. Does not: where Inductor would have fused a region
 with a product's end, which it does for a few templates.
@@ -28,7 +29,7 @@ from memopt.graph import tensors
 from memopt.kernels.serving import serves
 from memopt.pipeline import PassContext
 from memopt.remarks import RemarkKind
-from memopt.row_choice import Choice, choose, may_be_faster
+from memopt.row_choice import PACKED, Choice, choose, may_be_faster
 from memopt.row_lowering import lower_rows, replace_regions
 from memopt.row_select import FusedRows, choose_regions
 
@@ -54,6 +55,8 @@ class FuseRows:
                 text = "Triton kernels do not run on this device"
                 ctx.remark(self.name, RemarkKind.MISSED, text)
             return 0
+        if not named and not any(t.dtype in PACKED for t in seen):
+            return 0  # and choosing regions takes seconds
         device = _device(seen, ctx)
         lowered = []
         for region in choose_regions(graph):

@@ -140,7 +140,7 @@ def inductor_is_best(
 
 
 def not_asked(*anything: object) -> float:
-    raise AssertionError("nothing is to be timed")
+    raise AssertionError("nothing is to be asked")
 
 
 def test_by_default_what_inductor_cannot_fuse_is_timed(rewritten: Rewritten) -> None:
@@ -167,6 +167,16 @@ def test_where_it_is_asked_for_everything_is_fused_and_nothing_is_timed(
     gm, remarks = rewritten(not_asked, fuse_rows=True)
     assert [call.args[4] for call in calls(gm)] == [0, 0]
     assert [remark.kind for remark in remarks] == [RemarkKind.APPLIED] * 2
+
+
+def test_without_int8_or_bits_in_a_graph_no_region_is_looked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fuse_rows, "serves", lambda x: True)
+    monkeypatch.setattr(fuse_rows, "choose_regions", not_asked)
+    x = torch.randn(3, 5, WIDTH)
+    gm = traced(swiglu_backward, (x, x, x))
+    assert fuse_rows.FuseRows()(gm.graph, PassContext(Config())) == 0
 
 
 def test_switched_off_it_times_nothing(rewritten: Rewritten) -> None:
