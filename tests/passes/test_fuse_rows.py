@@ -129,8 +129,10 @@ def rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rewritten:
 
 
 def last_is_best(graph: fx.GraphModule, inputs: Sequence[Tensor], device: torch.device) -> float:
-    found = calls(graph)
-    return 9e-6 - 1e-6 * found[0].args[4] if found else 1e-5  # type: ignore[operator]
+    for call in calls(graph):
+        assert isinstance(call.args[4], int)
+        return 9e-6 - 1e-6 * call.args[4]
+    return 1e-5
 
 
 def inductor_is_best(
