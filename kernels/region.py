@@ -1,9 +1,10 @@
 """A fused region as one operator, which brings its own code: ``plain`` and Triton's.
 
-Both are arguments, as text. So a graph that calls it needs nothing else: it can be printed, hashed
-and cached, by Inductor and by AOTAutograd, and run by a process that never saw it being made. An
-operator of its own for each region would have to be registered again before the cached code runs,
-and Inductor would not know it when it looks the code up.
+Both are arguments, as text, and beside them which of the kernel's tilings runs. So a graph that
+calls it needs nothing else: it can be printed, hashed and cached, by Inductor and by AOTAutograd,
+and run by a process that never saw it being made. An operator of its own for each region would
+have to be registered again before the cached code runs, and Inductor would not know it when it
+looks the code up.
 
 When a region pays: see `memopt.passes.fuse_rows`.
 
@@ -23,7 +24,8 @@ from torch import Tensor
 from memopt.kernels.serving import processors, serves
 
 torch.library.define(
-    "memopt::region", "(Tensor[] inputs, SymInt[] sizes, str plain, str kernel) -> Tensor[]"
+    "memopt::region",
+    "(Tensor[] inputs, SymInt[] sizes, str plain, str kernel, int tiling=0) -> Tensor[]",
 )
 REGION = torch.ops.memopt.region.default
 
@@ -61,15 +63,15 @@ def launch(inputs: Sequence[Tensor], text: str, tiling: int = 0) -> list[Tensor]
 
 
 def _run(
-    inputs: Sequence[Tensor], sizes: Sequence[int], plain_text: str, kernel: str
+    inputs: Sequence[Tensor], sizes: Sequence[int], plain_text: str, kernel: str, tiling: int = 0
 ) -> list[Tensor]:
     if any(serves(tensor) for tensor in inputs):
-        return launch(inputs, kernel)
+        return launch(inputs, kernel, tiling)
     return plain(inputs, sizes, plain_text)
 
 
 def _fake(
-    inputs: Sequence[Tensor], sizes: Sequence[int], plain_text: str, kernel: str
+    inputs: Sequence[Tensor], sizes: Sequence[int], plain_text: str, kernel: str, tiling: int = 0
 ) -> list[Tensor]:
     return plain(inputs, sizes, plain_text)
 

@@ -3,6 +3,8 @@
 Numbers are held in float32 where a tensor has a lower precision, and rounded where it is written:
 a conversion to a lower precision inside a region changes nothing, as in Inductor's loops.
 Divisions and square roots are the exactly rounded ones, as in eager code: quantisation shows it.
+Sines and cosines are left out: for large numbers libdevice reads a table, entry by entry, through
+a loop that spills however many registers are free.
 """
 
 from collections.abc import Mapping
@@ -49,8 +51,6 @@ _WHOLE = "tl.where(tl.abs({0}) < 4194304.0, ({0} + 12582912.0) - 12582912.0, {0}
 _FLOAT = {
     "exp": "tl.exp({0})",
     "log": "tl.log({0})",
-    "sin": "tl.sin({0})",
-    "cos": "tl.cos({0})",
     "erf": "tl.erf({0})",
     "tanh": "libdevice.tanh({0})",
     "sigmoid": "tl.sigmoid({0})",

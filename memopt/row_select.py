@@ -130,7 +130,7 @@ class Chooser:
 
     def regions(self) -> Iterator[FusedRows]:
         seeds = [(space, node) for node in self.order if (space := _space(node))]
-        for space, seed in sorted(seeds, key=lambda s: (-_entries(s[1]), -s[0].width)):
+        for space, seed in sorted(seeds, key=lambda s: (-entries(s[1]), -s[0].width)):
             region = None if seed in self.taken else self.grown(seed, space)
             if region is not None:
                 self.contract(region)
@@ -255,9 +255,10 @@ def _space(node: fx.Node) -> Space | None:
         return None
 
 
-def _entries(node: fx.Node) -> int:
+def entries(node: fx.Node) -> int:
+    """Of a tensor, with the sizes that tracing saw; 0 of what is none."""
     return size_hint(node.meta["val"].numel()) if _is_tensor(node) else 0
 
 
 def _nbytes(node: fx.Node) -> int:
-    return _entries(node) * node.meta["val"].element_size() if _is_tensor(node) else 0
+    return entries(node) * node.meta["val"].element_size() if _is_tensor(node) else 0

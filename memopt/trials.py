@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from memopt._torch import compile_apart, compile_fx, pytree, size_hint
+from memopt._torch import compile_apart, compile_fx, disable_modes, pytree, size_hint
 from memopt.emit import traced
 from memopt.graph import packet_name
 from memopt.kernels.measured import best_seconds
@@ -83,22 +83,40 @@ class Trial:
             torch.OutOfMemoryError: it does not fit beside what is on the device.
         """
         device = self.inputs[0].device
-        devices = [device] if device.type == "cuda" else []
-        with compile_apart(), torch.random.fork_rng(devices), torch.enable_grad():
-            inputs = [_random(value) for value in self.inputs]
-            trained = [x for x in inputs if x.requires_grad]
-            run: Any = compile_fx(fx.GraphModule({}, self.graph), inputs)
-            upstream = [torch.randn_like(y) for y in run(*inputs) if y.requires_grad]
-
-            def step() -> None:
-                reached = [y for y in run(*inputs) if y.requires_grad]
-                if upstream:
-                    torch.autograd.grad(reached, trained, upstream, allow_unused=True)
-
-            return best_seconds(step, device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), disable_modes():
+            inputs = [random_like(value) for value in self.inputs]
+            return seconds(fx.GraphModule({}, self.graph), inputs, device)
 
 
-def _random(like: Tensor) -> Tensor:
+def seconds(graph: fx.GraphModule, inputs: Sequence[Tensor], device: torch.device) -> float:
+    """Of one run of a graph as stock Inductor compiles it, with the gradients that inputs take.
+
+    Args:
+        graph: of any operators; it may be while another one is compiled.
+        inputs: real tensors.
+        device: where they are.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit beside what is on the device.
+    """
+    with (
+        compile_apart(),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.enable_grad(),
+    ):
+        trained = [x for x in inputs if x.requires_grad]
+        run: Any = compile_fx(graph, inputs)
+        upstream = [torch.randn_like(y) for y in run(*inputs) if y.requires_grad]
+
+        def step() -> None:
+            reached = [y for y in run(*inputs) if y.requires_grad]
+            if upstream:
+                torch.autograd.grad(reached, trained, upstream, allow_unused=True)
+
+        return best_seconds(step, device)
+
+
+def random_like(like: Tensor) -> Tensor:
     """A leaf of the same shape, strides and dtype, of random numbers, or of zeros if whole."""
     shape, strides = ([size_hint(n) for n in sizes] for sizes in (like.shape, like.stride()))
     steps = zip(shape, strides, strict=True)

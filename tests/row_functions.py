@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from memopt.device import DEVICES
+from memopt.device import DEVICES, DeviceSpec
 from memopt.kernels.region import REGION
 from memopt.row_lowering import LoweredRows, lower_rows
 from memopt.row_select import choose_regions
@@ -94,10 +94,15 @@ def traced_for_any_rows(function: Function, inputs: Sequence[Tensor]) -> fx.Grap
     return gm
 
 
-def lowered(function: Function, inputs: Sequence[Any], trace: Trace = traced) -> LoweredRows:
+def lowered(
+    function: Function,
+    inputs: Sequence[Any],
+    trace: Trace = traced,
+    device: DeviceSpec = DEVICES["h100"],
+) -> LoweredRows:
     """The only region of a function's graph."""
     (region,) = choose_regions(trace(function, inputs).graph)
-    return lower_rows(region, DEVICES["h100"])
+    return lower_rows(region, device)
 
 
 def read(region: LoweredRows, inputs: Sequence[Tensor]) -> list[Tensor]:

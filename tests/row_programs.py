@@ -38,7 +38,7 @@ STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "shift": lambda x, y: x - y.amax(-1, keepdim=True) / 4,
     "share": lambda x, y: x * (1 + y.abs()).sum(-1, keepdim=True) / (2 * x.shape[-1]),
     "groups": lambda x, y: _group_scale(x) + y,
-    "flat": lambda x, y: x.reshape(-1, x.shape[-1]).sin().reshape(x.shape) + y,
+    "flat": lambda x, y: x.reshape(-1, x.shape[-1]).tanh().reshape(x.shape) + y,
 }
 INPUTS = ("x", "y", "row", "weight", "scale")
 

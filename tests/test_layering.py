@@ -19,6 +19,7 @@ LAYERS: tuple[str, ...] = (
     "schedule page mincut workspace trials lives lazy_logits losses row_reader row_kernel",
     "report liveness transfers pipeline cost replay row_select row_source",
     "returned row_lowering forms",
+    "row_choice",
     "passes problem",
     "regions chunking",
     "solve",

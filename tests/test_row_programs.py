@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, fx
 
 pytest.importorskip("triton")
@@ -23,7 +24,7 @@ from tests.row_programs import RowFunction, row_functions
 install()
 
 
-def interpreted(gm: fx.GraphModule, inputs: Sequence[Tensor], tiling: int = 0) -> list[Tensor]:
+def interpreted(gm: fx.GraphModule, inputs: Sequence[Tensor], tiling: int) -> list[Tensor]:
     """The graph with every region run by its kernel."""
     regions = {r.members[-1]: lower_rows(r, DEVICES["a100"]) for r in choose_regions(gm.graph)}
     assert regions, "there is nothing to test"
@@ -43,7 +44,7 @@ def run(region: LoweredRows, values: dict[Any, Any], tiling: int) -> dict[Any, T
     """The results of one region, which does nothing out of order and moves what it must."""
     inputs = [values[node] for node in region.inputs]
     with trace() as launches, uninitialised_is_nan():
-        results = launch(inputs, region.kernel, tiling)
+        results = launch(inputs, region.kernel, tiling % len(region.tilings))
     (done,) = launches
     assert done.conflicts == []
     rows = sum(t.numel() // t.shape[-1] for t in inputs if t.dim() > 1)
@@ -53,7 +54,7 @@ def run(region: LoweredRows, values: dict[Any, Any], tiling: int) -> dict[Any, T
 
 
 def check(
-    function: RowFunction, dtype: torch.dtype, rows: tuple[int, ...], width: int, tiling: int = 0
+    function: RowFunction, dtype: torch.dtype, rows: tuple[int, ...], width: int, tiling: int
 ) -> None:
     inputs = function.inputs(dtype, rows, width)
     actual = interpreted(traced(function, inputs), inputs, tiling)
@@ -66,19 +67,22 @@ def check(
             assert wrong <= others + 0.01 * mine.numel()
 
 
+TILINGS = st.integers(0, 2)
+
+
 @settings(max_examples=30)
-@given(row_functions())
-def test_a_program_is_right(function: RowFunction) -> None:
-    check(function, torch.float32, (3, 5), 48)
+@given(row_functions(), TILINGS)
+def test_a_program_is_right(function: RowFunction, tiling: int) -> None:
+    check(function, torch.float32, (3, 5), 48, tiling)
 
 
 @settings(max_examples=15)
-@given(row_functions())
-def test_low_precision_is_rounded_where_it_is_written(function: RowFunction) -> None:
-    check(function, torch.bfloat16, (2, 3), 64)
+@given(row_functions(), TILINGS)
+def test_low_precision_is_rounded_where_it_is_written(function: RowFunction, tiling: int) -> None:
+    check(function, torch.bfloat16, (6, 8), 64, tiling)
 
 
 @settings(max_examples=6)
-@given(row_functions(most=5))
-def test_rows_of_more_than_one_block_are_right(function: RowFunction) -> None:
-    check(function, torch.float32, (2, 2), 40000)
+@given(row_functions(most=5), TILINGS)
+def test_rows_of_more_than_one_block_are_right(function: RowFunction, tiling: int) -> None:
+    check(function, torch.float32, (2, 2), 40000, tiling)

@@ -118,9 +118,10 @@ def test_upstream_gradients_may_have_any_strides() -> None:
 
 
 def test_offsets_beyond_two_to_the_31st_reach_their_rows() -> None:
-    stride = 2**31 + 8  # of virtual memory; only a few pages are touched
-    rows = Rows.draw(2, 40, dtype=torch.float16)
-    far = torch.empty(stride + 40, dtype=torch.float16).as_strided((2, 40), (stride, 1))
+    """With a stride that is an int32 itself: the product with the row's number is none."""
+    stride = 2**30 + 8  # of virtual memory; only a few pages are touched
+    rows = Rows.draw(3, 40, dtype=torch.float16)
+    far = torch.empty(2 * stride + 40, dtype=torch.float16).as_strided((3, 40), (stride, 1))
     far.copy_(rows.raw)
     triton_rows.run(far, rows.loss, rows.scale, rows.softcap, rows.g, rows.h)
     assert torch.equal(far, rows.kernel()[2])
