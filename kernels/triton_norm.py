@@ -16,12 +16,12 @@ from memopt.kernels.row_views import by_rows
 from memopt.kernels.serving import processors, warps
 from memopt.kernels.spec import Results
 
-# Entries that a program holds at a time. The backward's programs are fewer: they are to have as
-# many bytes on their way together as memory needs to be busy.
-_FORWARD_TILE = 2048
-_BACKWARD_TILE = 4096
-_PROGRAMS_PER_PROCESSOR = 2
-_PER_THREAD = 8  # entries, 128 bits of bfloat16
+# Entries that a program holds at a time, and those of a thread: 128 bits of bfloat16. Of the
+# backward it is bytes, two times 128 bits a thread, so that one program for each processor keeps
+# memory busy: each writes a row of sums. Of float32 a program holds half the rows, adds up twice
+# as often, and needs another one beside it to be as exact as torch.
+_FORWARD_TILE, _FORWARD_PER_THREAD = 2048, 8
+_BACKWARD_BYTES, _BACKWARD_BYTES_PER_THREAD = 2**14, 32
 
 
 @triton.jit
@@ -202,17 +202,22 @@ def norm_backward(
         tl.store(dbias_ptr + there, total, mask=columns < width)
 
 
-def _tile(width: int, entries: int) -> tuple[int, int, int]:
+def _tile(width: int, entries: int, per_thread: int) -> tuple[int, int, int]:
     """Rows that a program holds at a time, entries of each, and warps."""
     block = triton.next_power_of_2(width)
     rows = max(1, entries // block)
-    return rows, block, warps(max(32, rows * block // _PER_THREAD))
+    return rows, block, warps(max(32, rows * block // per_thread))
+
+
+def _backward_tile(x: Tensor) -> tuple[int, int, int]:
+    size = x.element_size()
+    return _tile(x.shape[-1], _BACKWARD_BYTES // size, _BACKWARD_BYTES_PER_THREAD // size)
 
 
 def programs(x: Tensor, rows: int) -> int:
-    """Programs of the backward: as many as run at a time, each with some rows to go over."""
-    tile, *_ = _tile(x.shape[-1], _BACKWARD_TILE)
-    return max(1, min(_PROGRAMS_PER_PROCESSOR * processors(x), rows // (4 * tile)))
+    """Programs of the backward: one or two for each processor, each with rows to go over."""
+    tile, *_ = _backward_tile(x)
+    return max(1, min(processors(x) * x.element_size() // 2, rows // (4 * tile)))
 
 
 def _row(t: Tensor | None) -> int:
@@ -236,7 +241,7 @@ def forward(
     mean = x.new_empty(shape[:-1] if centred else 0, dtype=statistics)
     rstd = x.new_empty(shape[:-1], dtype=statistics)
     flat, added = by_rows(x), None if residual is None else by_rows(residual)
-    rows, block, warps_each = _tile(width, _FORWARD_TILE)
+    rows, block, warps_each = _tile(width, _FORWARD_TILE, _FORWARD_PER_THREAD)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         norm_forward[(triton.cdiv(len(flat), rows),)](
             flat, added, weight, bias, y, total, mean, rstd, len(flat), width, _row(flat),
@@ -268,7 +273,7 @@ def backward(
     ]
     dx = total.new_empty(total.shape)
     y = total.new_empty(total.shape if again else 0)
-    rows, block, warps_each = _tile(width, _BACKWARD_TILE)
+    rows, block, warps_each = _backward_tile(dy)
     with torch.cuda.device_of(dy):
         norm_backward[(count,)](
             flat, more, stream, weight, bias, mean if mean.numel() else None, rstd, dx, *parts,
