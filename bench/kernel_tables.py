@@ -11,9 +11,9 @@ _TRAFFIC = """\
 Bytes in the tracer over those of a kernel that reads every argument once and writes every result
 once: **DRAM** if the shared cache keeps everything, **L2** if nothing is kept close to a
 processor. Beside them liger-kernel on the same arguments: one kernel of its own, or what a model
-that uses it runs for the same work. Torch's operators are counted, in ours and in liger's: each
-reads what it is given once, and writes its result once. The lines are the usual arguments of each
-kernel, and those that liger takes in another way.
+that uses it runs for the same work, where dropout is torch's. Torch's operators are counted as
+eager runs them, in ours and in liger's: each reads what it is given once, and writes its result
+once. The lines are the usual arguments of each kernel, and those that liger takes in another way.
 
 Liger reads one half of rotary tables that hold each angle twice. Memopt reads what it is given, so
 its first line is of views of the half. On the CPU both sum a weight's gradient in one program, on

@@ -123,13 +123,15 @@ def _row(kind: str, spec: KernelSpec, arguments: Arguments, peer: str, **figures
 
 def liger_peer(spec: KernelSpec, arguments: Arguments, device: str) -> Composition | str:
     """What does the same with liger's kernels, without words if it is one; or why nothing does."""
-    if spec.name not in FUSED:
+    alone, fused = LIGER.get(spec.name), FUSED.get(spec.name)
+    if alone is None and fused is None:
         return "liger-kernel has none"
     if (reason := LIBRARIES["liger"].unavailable(device)) is not None:
         return reason
-    if spec.name in LIGER and (run := LIGER[spec.name](*arguments)) is not None:
+    if alone is not None and (run := alone(*arguments)) is not None:
         return Composition(words="", run=run)
-    return FUSED[spec.name](*arguments) or "liger-kernel has no such form"
+    several = None if fused is None else fused(*arguments)
+    return several or "liger-kernel has no such form"
 
 
 def moved_bytes(run: Callable[[], Any]) -> dict[str, int]:

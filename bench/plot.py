@@ -134,7 +134,10 @@ def _kernel_picture(rows: Sequence[dict[str, Any]], path: Path) -> Path | None:
                 alpha=alpha,
                 label=f"{peer}, {figures.upper()}",
             )
-    names = [f"{kernel.removeprefix('memopt::')}\n{about}" for kernel, about in samples]
+    names = [
+        f"{kernel.removeprefix('memopt::')} / {each['liger'].get('form') or 'one kernel'}\n{about}"
+        for (kernel, about), each in samples.items()
+    ]
     axes.set_yticks([y + 0.18 for y in range(len(names))], names, fontsize=5)
     axes.invert_yaxis()
     axes.axvline(1.0, color="#000000", linewidth=0.8)
