@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bench.libraries import LIBRARIES
-from bench.liger_kernels import LIGER, Run
+from bench.liger_fused import FUSED, Composition
+from bench.liger_kernels import LIGER
 from memopt.kernels import specs
 from memopt.kernels.spec import Arguments, KernelSpec
 
@@ -40,7 +41,8 @@ def run(
         device: ``"cpu"`` or ``"cuda"``; bytes and code are the same for both.
         say: called with one line per row.
         kernels: which ones; all by default.
-        samples: how many of each kernel's.
+        samples: how many of each kernel's; of the others, the bytes of the first that liger does
+            in a way of its own.
     """
     if importlib.util.find_spec("triton") is None:
         why = {"status": "skipped", "error": "triton is not installed"}
@@ -59,9 +61,16 @@ def run(
 
 def _rows(device: str, kernels: Sequence[KernelSpec], samples: int) -> Iterator[Row]:
     for spec in kernels:
-        for arguments in itertools.islice(spec.samples(DTYPE), samples):
-            yield from _traffic(spec, arguments)
-            yield from _code(spec, arguments)
+        seen = set()
+        for number, arguments in enumerate(variants(spec, DTYPE)):
+            liger = liger_peer(spec, arguments, "cpu")
+            new = isinstance(liger, Composition) and liger.words not in seen
+            if number < samples or new:
+                yield from _traffic(spec, arguments, liger)
+            if isinstance(liger, Composition):
+                seen.add(liger.words)
+            if number < samples:
+                yield from _code(spec, arguments)
         if device == "cuda":
             for arguments in itertools.islice((spec.large or spec.samples)(DTYPE), samples):
                 yield from _speed(spec, arguments)
@@ -69,7 +78,7 @@ def _rows(device: str, kernels: Sequence[KernelSpec], samples: int) -> Iterator[
 
 def one_line(row: Row) -> str:
     """A row in words, for the one who waits."""
-    about = f"{row['kernel']} of {row['sample']}: {row['peer']}"
+    about = f"{row['kernel']} of {row['sample']}: {row.get('form') or row['peer']}"
     if row["status"] != "ok":
         return f"{about} {row['status']}: {row['error']}"
     if row["kind"] == "kernel_code":
@@ -82,13 +91,25 @@ def one_line(row: Row) -> str:
 def describe(spec: KernelSpec, arguments: Arguments) -> str:
     """The arguments by name: shapes of tensors, and other values that are not 0 or None."""
     words = []
-    for parameter, value in zip(spec.operator._schema.arguments, arguments, strict=True):
+    for name, value in zip(_names(spec), arguments, strict=True):
         if isinstance(value, Tensor):
             if value.numel():
-                words.append(f"{parameter.name} {'x'.join(map(str, value.shape))}")
+                words.append(f"{name} {'x'.join(map(str, value.shape))}")
         elif value:
-            words.append(parameter.name if value is True else f"{parameter.name} {value}")
+            words.append(name if value is True else f"{name} {value}")
     return ", ".join(words)
+
+
+def _names(spec: KernelSpec) -> list[str]:
+    return [argument.name for argument in spec.operator._schema.arguments]
+
+
+def variants(spec: KernelSpec, dtype: torch.dtype) -> Iterator[Arguments]:
+    """The samples; then the usual ones of a backward with the result made again, or without."""
+    samples = [*spec.samples(dtype)]
+    yield from samples
+    if _names(spec)[-1] == "again":
+        yield from ((*others, not again) for *others, again in samples[:_SAMPLES])
 
 
 def _row(kind: str, spec: KernelSpec, arguments: Arguments, peer: str, **figures: Any) -> Row:
@@ -98,34 +119,44 @@ def _row(kind: str, spec: KernelSpec, arguments: Arguments, peer: str, **figures
     )
 
 
-def _liger(spec: KernelSpec, arguments: Arguments, device: str) -> Run | str:
-    """What runs liger's kernel on these arguments, or why nothing does."""
-    if spec.name not in LIGER:
+def liger_peer(spec: KernelSpec, arguments: Arguments, device: str) -> Composition | str:
+    """What does the same with liger's kernels, without words if it is one; or why nothing does."""
+    alone, fused = LIGER.get(spec.name), FUSED.get(spec.name)
+    if alone is None and fused is None:
         return "liger-kernel has none"
     if (reason := LIBRARIES["liger"].unavailable(device)) is not None:
         return reason
-    return LIGER[spec.name](*arguments) or "liger-kernel has no such form"
+    if alone is not None and (run := alone(*arguments)) is not None:
+        return Composition(words="", run=run)
+    several = None if fused is None else fused(*arguments)
+    return several or "liger-kernel has no such form"
 
 
-def _traffic(spec: KernelSpec, arguments: Arguments) -> Iterator[Row]:
-    """Bytes of our launches and of liger's; what torch does around them is in neither."""
-    from bench.triton.gate import ideal_bytes
+def moved_bytes(run: Callable[[], Any]) -> dict[str, int]:
+    """To and from memory and the shared cache, by launches and torch's operators beside them."""
+    from bench.triton.operators import operators
     from bench.triton.trace import trace
 
+    with trace() as launches, operators() as beside:
+        run()
+    return {
+        name: beside.moved_bytes + sum(getattr(launch, name) for launch in launches)
+        for name in ("dram_bytes", "l2_bytes")
+    }
+
+
+def _traffic(spec: KernelSpec, arguments: Arguments, liger: Composition | str) -> Iterator[Row]:
+    """Bytes of ours and of liger's."""
+    from bench.triton.gate import ideal_bytes
+
     ideal = ideal_bytes(arguments, spec.plain(*arguments))
-    peers = {"memopt": lambda: spec.launch(*arguments), "liger": _liger(spec, arguments, "cpu")}
-    for peer, launch in peers.items():
-        if isinstance(launch, str):
-            why = {"status": "skipped", "error": launch}
-            yield _row("kernel_traffic", spec, arguments, peer, ideal_bytes=ideal, **why)
-            continue
-        with trace() as launches:
-            launch()
-        moved = {
-            name: sum(getattr(launch, name) for launch in launches)
-            for name in ("dram_bytes", "l2_bytes")
-        }
-        yield _row("kernel_traffic", spec, arguments, peer, ideal_bytes=ideal, **moved)
+    ours = moved_bytes(lambda: spec.launch(*arguments))
+    yield _row("kernel_traffic", spec, arguments, "memopt", ideal_bytes=ideal, **ours)
+    if isinstance(liger, str):
+        figures: Row = {"status": "skipped", "error": liger}
+    else:
+        figures = {"form": liger.words, **moved_bytes(liger.run)}
+    yield _row("kernel_traffic", spec, arguments, "liger", ideal_bytes=ideal, **figures)
 
 
 def _code(spec: KernelSpec, arguments: Arguments) -> Iterator[Row]:
@@ -153,16 +184,18 @@ def _speed(spec: KernelSpec, arguments: Arguments) -> Iterator[Row]:
     arguments = pytree.tree_map_only(Tensor, lambda t: t.cuda(), arguments)
     torch.compiler.reset()  # it gives up on a function that has met many shapes
     compiled = torch.compile(spec.plain, dynamic=False)
-    peers = {
+    peers: dict[str, Callable[[], Any]] = {
         "memopt": lambda: spec.launch(*arguments),
         "eager": lambda: spec.plain(*arguments),
         "inductor": lambda: compiled(*arguments),
-        "liger": _liger(spec, arguments, "cuda"),
     }
+    liger = liger_peer(spec, arguments, "cuda")
+    if isinstance(liger, str):
+        yield _row("kernel_speed", spec, arguments, "liger", status="skipped", error=liger)
+    else:
+        peers["liger"] = liger.run
     for peer, launch in peers.items():
-        if isinstance(launch, str):
-            why = {"status": "skipped", "error": launch}
-            yield _row("kernel_speed", spec, arguments, peer, **why)
-            continue
-        seconds = do_bench(launch, return_mode="median") / 1000
-        yield _row("kernel_speed", spec, arguments, peer, seconds=seconds)
+        figures: Row = {"seconds": do_bench(launch, return_mode="median") / 1000}
+        if peer == "liger" and isinstance(liger, Composition):
+            figures["form"] = liger.words
+        yield _row("kernel_speed", spec, arguments, peer, **figures)

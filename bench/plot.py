@@ -12,7 +12,7 @@ from matplotlib import pyplot
 
 from bench import tables
 from bench.compare import Rows, step_rows
-from bench.kernel_tables import by_sample, kernel_section
+from bench.kernel_tables import compared, kernel_section
 from bench.results import load
 
 MIB = 2**20
@@ -117,8 +117,8 @@ def _picture(rows: Rows, case: str, path: Path) -> Path | None:
 
 
 def _kernel_picture(rows: Sequence[dict[str, Any]], path: Path) -> Path | None:
-    """Bytes of every kernel over those that it must move; None if none were counted."""
-    samples = by_sample(row for row in rows if "dram_bytes" in row)
+    """Bytes of kernels, ours and liger's, over those that must move; None if none were counted."""
+    samples = compared(rows)
     if not samples:
         return None
     height = 1.0 + 0.45 * len(samples)
@@ -134,7 +134,10 @@ def _kernel_picture(rows: Sequence[dict[str, Any]], path: Path) -> Path | None:
                 alpha=alpha,
                 label=f"{peer}, {figures.upper()}",
             )
-    names = [f"{kernel.removeprefix('memopt::')}\n{about}" for kernel, about in samples]
+    names = [
+        f"{kernel.removeprefix('memopt::')} / {each['liger'].get('form') or 'one kernel'}\n{about}"
+        for (kernel, about), each in samples.items()
+    ]
     axes.set_yticks([y + 0.18 for y in range(len(names))], names, fontsize=5)
     axes.invert_yaxis()
     axes.axvline(1.0, color="#000000", linewidth=0.8)

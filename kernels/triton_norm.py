@@ -20,12 +20,12 @@ from memopt.kernels.serving import processors, warps
 from memopt.kernels.spec import Results
 from memopt.kernels.triton_tiles import read, write
 
-# Entries that a program holds at a time. The backward's programs are fewer: they are to have as
-# many bytes on their way together as memory needs to be busy.
-_FORWARD_TILE = 2048
-_BACKWARD_TILE = 4096
-_PROGRAMS_PER_PROCESSOR = 2
-_PER_THREAD = 8  # entries, 128 bits of bfloat16
+# Entries that a program holds at a time, and those of a thread: 128 bits of bfloat16. Of the
+# backward it is bytes, two times 128 bits a thread, so that one program for each processor keeps
+# memory busy: each writes a row of sums. Of float32 a program holds half the rows, adds up twice
+# as often, and needs another one beside it to be as exact as torch.
+_FORWARD_TILE, _FORWARD_PER_THREAD = 2048, 8
+_BACKWARD_BYTES, _BACKWARD_BYTES_PER_THREAD = 2**14, 32
 
 
 @triton.jit
@@ -204,17 +204,22 @@ def norm_backward(
         _write_sum(dbias_ptr, of_bias, program, columns, width)
 
 
-def _tile(width: int, entries: int) -> tuple[int, int, int]:
+def _tile(width: int, entries: int, per_thread: int) -> tuple[int, int, int]:
     """Rows that a program holds at a time, entries of each, and warps."""
     block = triton.next_power_of_2(width)
     rows = max(1, entries // block)
-    return rows, block, warps(max(32, rows * block // _PER_THREAD))
+    return rows, block, warps(max(32, rows * block // per_thread))
+
+
+def _backward_tile(x: Tensor) -> tuple[int, int, int]:
+    size = x.element_size()
+    return _tile(x.shape[-1], _BACKWARD_BYTES // size, _BACKWARD_BYTES_PER_THREAD // size)
 
 
 def programs(x: Tensor, rows: int) -> int:
-    """Programs of the backward: as many as run at a time, each with some rows to go over."""
-    tile, *_ = _tile(x.shape[-1], _BACKWARD_TILE)
-    return max(1, min(_PROGRAMS_PER_PROCESSOR * processors(x), rows // (4 * tile)))
+    """Programs of the backward: one or two for each processor, each with rows to go over."""
+    tile, *_ = _backward_tile(x)
+    return max(1, min(processors(x) * x.element_size() // 2, rows // (4 * tile)))
 
 
 def _row(t: Tensor | None) -> int:
@@ -227,7 +232,7 @@ def forward(*args: Any) -> Results:
     results = unwritten(*args)
     x, residual = by_rows(a.x), None if a.residual is None else by_rows(a.residual)
     count, width = x.shape
-    rows, block, warps_each = _tile(width, _FORWARD_TILE)
+    rows, block, warps_each = _tile(width, _FORWARD_TILE, _FORWARD_PER_THREAD)
     norm_forward[(triton.cdiv(count, rows),)](
         x, residual, a.weight, a.bias, *results, count, width, _row(x), _row(residual), a.eps,
         a.offset, CENTRED=a.centred, ROWS=rows, BLOCK=block, num_warps=warps_each,
@@ -245,7 +250,7 @@ def backward(*args: Any) -> Results:
     count, width = dy.shape
     grid = programs(a.dy, count)
     parts = [_part(of, grid) for of in (of_weight, of_bias)]
-    rows, block, warps_each = _tile(width, _BACKWARD_TILE)
+    rows, block, warps_each = _backward_tile(a.dy)
     norm_backward[(grid,)](
         dy, dtotal, total, a.weight, a.bias, _given(a.mean), a.rstd, dx, *parts, _given(y), count,
         width, _row(dy), _row(dtotal), _row(total), a.offset, triton.cdiv(count, grid), ROWS=rows,

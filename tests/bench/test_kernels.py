@@ -14,13 +14,18 @@ import torch
 pytest.importorskip("triton")
 
 from bench import kernels, plot
-from bench.kernel_tables import code_table, kernel_section, speed_table, traffic_table
+from bench.kernel_tables import (
+    code_table,
+    compared,
+    kernel_section,
+    speed_table,
+    traffic_table,
+)
 from bench.libraries import LIBRARIES
-from bench.liger_kernels import LIGER
 from bench.results import header, save
 from bench.triton import ahead
 from bench.triton.ahead import TARGETS
-from bench.triton.interpreter import install
+from bench.triton.operators import operators
 from memopt.kernels import specs
 
 SPECS = {spec.name: spec for spec in specs()}
@@ -41,12 +46,14 @@ def row(kind: str, peer: str, **figures: Any) -> dict[str, Any]:
 
 TRAFFIC = [
     row("kernel_traffic", "memopt", ideal_bytes=1024, dram_bytes=1024, l2_bytes=1536),
-    row("kernel_traffic", "liger", ideal_bytes=1024, dram_bytes=2048, l2_bytes=4096),
+    row("kernel_traffic", "liger", ideal_bytes=1024, dram_bytes=2048, l2_bytes=4096, form=""),
 ]
+COMPOSED = [TRAFFIC[0], TRAFFIC[1] | {"form": "torch's add, liger's layer norm"}]
+NOT_COMPARED = [TRAFFIC[0], row("kernel_traffic", "liger", ideal_bytes=1024, status="skipped")]
 CODE = [
-    row("kernel_code", "memopt", function="norm_forward", target=target, registers=40,
-        spilled_bytes=0, shared_bytes=16, loads=4, vector_loads=3)
-    for target in ("90", "gfx942")
+    row("kernel_code", "memopt", function="norm_forward", target=target, registers=registers,
+        spilled_bytes=0, shared_bytes=16, loads=4, vector_loads=vectors)
+    for target in ("90", "gfx942") for registers, vectors in ((40, 3), (64, 4))
 ]  # fmt: skip
 SPEED = [
     row("kernel_speed", "memopt", seconds=2e-6),
@@ -67,21 +74,6 @@ def test_the_first_norm_has_bytes_and_code_for_every_target() -> None:
     code = [r for r in rows if r["kind"] == "kernel_code"]
     assert [r["target"] for r in code] == [str(target) for target in TARGETS]
     assert all(r["function"] == "norm_forward" and r["registers"] > 0 for r in code)
-
-
-@needs_liger
-@pytest.mark.parametrize("name", LIGER)
-def test_liger_computes_the_same(name: str) -> None:
-    """Of every usual sample whose form liger has: the peer is the same operation."""
-    install()
-    compared = 0
-    for sample in [*SPECS[name].samples(torch.float32)][:3]:
-        launch = LIGER[name](*sample)
-        if launch is not None:
-            mine, theirs = SPECS[name].plain(*sample)[0], launch()[0]
-            torch.testing.assert_close(theirs.view_as(mine), mine)
-            compared += 1
-    assert compared
 
 
 def test_a_library_that_is_not_installed_is_a_skipped_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,13 +104,45 @@ def test_without_triton_there_is_one_skipped_row(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_tables_hold_ratios() -> None:
-    assert "| memopt::norm | x 8x64 | 1.0 | 1.000 | 1.500 | 2.000 | 4.000 |" in traffic_table(
-        TRAFFIC
-    )
+    start = "| memopt::norm | x 8x64 | 1.0 | 1.000 | 1.500"
+    assert f"{start} | one kernel | 2.000 | 4.000 |" in traffic_table(TRAFFIC)
+    words = "torch's add, liger's layer norm"
+    assert f"{start} | {words} | 2.000 | 4.000 |" in traffic_table(COMPOSED)
+    assert f"{start} | - | - | - |" in traffic_table(NOT_COMPARED)
     assert "| memopt::norm | x 8x64 | 2.0 | 3.00 | - | - |" in speed_table(SPEED)
+
+
+def test_the_table_of_code_has_the_most_of_each_function() -> None:
     table = code_table(CODE)
-    assert "| function | arguments | sm_90 | gfx942 |" in table
-    assert "| norm_forward | x 8x64 | 40 · 0 · 16 · 3/4 | 40 · 0 · 16 · 3/4 |" in table
+    assert "| function | sm_90 | gfx942 |" in table
+    assert "| norm_forward | 64 · 0 · 16 · 3/4 | 64 · 0 · 16 · 3/4 |" in table
+
+
+def test_only_what_liger_has_too_is_compared() -> None:
+    assert len(compared(TRAFFIC)) == 1
+    assert compared(NOT_COMPARED) == {}
+
+
+def test_operators_of_torch_read_what_they_are_given_and_write_their_result() -> None:
+    x, row = torch.randn(64, 32), torch.randn(32)
+    picked = torch.randint(32, (32, 1))
+    counts: list[tuple[Callable[[], object], int]] = [
+        (lambda: x + row, 2 * x.nbytes + row.nbytes),
+        (lambda: x + row.expand(64, 32), 2 * x.nbytes + row.nbytes),
+        (lambda: x.t()[3:].view(-1, 2, 32), 0),
+        (lambda: x.t().contiguous(), 2 * x.nbytes),
+        (lambda: x.contiguous(), 0),
+        (lambda: x.add_(1), 2 * x.nbytes),
+        (lambda: torch.empty_like(x).copy_(x), 2 * x.nbytes),
+        (lambda: torch.zeros_like(x), x.nbytes),
+        (lambda: torch.cat([x, x]), 4 * x.nbytes),
+        (lambda: x.gather(1, picked), 2 * row.nbytes + picked.nbytes),
+        (lambda: x.sum(0).to(torch.bfloat16), x.nbytes + row.nbytes * 5 // 2),
+    ]
+    for number, (run, moved) in enumerate(counts):
+        with operators() as counter:
+            run()
+        assert counter.moved_bytes == moved, number
 
 
 def test_the_page_of_results_has_the_tables_and_a_picture(tmp_path: Path) -> None:
