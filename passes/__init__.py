@@ -15,6 +15,7 @@ from memopt.passes.fuse_norms import FuseNorms
 from memopt.passes.fuse_rotary import FuseRotary
 from memopt.passes.fuse_rows import FuseRows
 from memopt.passes.overwrite_hidden_states import MarkHiddenStates, OverwriteHiddenStates
+from memopt.passes.overwrite_rotary import OverwriteRotary
 from memopt.passes.remake_in_backward import RemakeInBackward
 from memopt.passes.unshare_readers import UnshareReaders
 from memopt.passes.weigh_rows import WeighRows
@@ -38,4 +39,5 @@ POST_GRAD: tuple[Pass, ...] = (
     EarlyProducts(),
     OverwriteHiddenStates(),
     FuseRows(),
+    OverwriteRotary(),
 )
