@@ -21,20 +21,25 @@ from memopt._versions import __version__
 log = logging.getLogger(__name__)
 
 _RUNS = 3
+_LEAST_SECONDS = 0.005  # of a run of several calls: a GPU is busy while the next ones are launched
 
 Ways = Mapping[str, Callable[[], float]]
 
 
-def best_seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """The best of three runs; one before them compiles."""
-    seconds = []
-    for _ in range(1 + _RUNS):
+def best_seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Of one call, by the best of three runs of as many calls as a clock needs."""
+
+    def average(calls: int) -> float:
         start = time.perf_counter()
-        run()
+        for _ in range(calls):
+            call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+        return (time.perf_counter() - start) / calls
+
+    average(1)  # compiles
+    calls = 1 + int(_LEAST_SECONDS / average(1))
+    return min(average(calls) for _ in range(_RUNS))
 
 
 def fastest(question: tuple[Any, ...], ways: Ways, device: torch.device) -> str:

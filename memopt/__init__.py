@@ -11,6 +11,7 @@ from memopt._versions import __version__
 from memopt.errors import (
     BudgetInfeasibleError,
     ConfigError,
+    HostMemoryError,
     MemoptError,
     PartitionError,
     PipelineError,
@@ -23,14 +24,17 @@ _versions.check()
 _LAZY = {
     "Config": "memopt.config",
     "Report": "memopt.report",
+    "advise": "memopt.planning",
     "explain": "memopt.explaining",
     "optimize": "memopt.api",
+    "plan_for": "memopt.planning",
 }
 
 if TYPE_CHECKING:
     from memopt.api import optimize
     from memopt.config import Config
     from memopt.explaining import explain
+    from memopt.planning import advise, plan_for
     from memopt.report import Report
 else:  # hidden from type checkers, for which it would make every name exist
 
@@ -44,6 +48,7 @@ __all__ = [
     "BudgetInfeasibleError",
     "Config",
     "ConfigError",
+    "HostMemoryError",
     "MemoptError",
     "PartitionError",
     "PipelineError",
@@ -51,8 +56,10 @@ __all__ = [
     "Report",
     "UnsupportedVersionError",
     "__version__",
+    "advise",
     "explain",
     "optimize",
+    "plan_for",
 ]
 
 

@@ -35,6 +35,7 @@ from torch._functorch.partitioners import (
     has_recomputable_rng_ops,
     thread_graphsafe_rng_from_hops,
 )
+from torch._guards import tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.choices import InductorChoices
@@ -76,6 +77,7 @@ __all__ = [
     "choose_saved_values_set",
     "classify_nodes",
     "cleanup_recompute_tags",
+    "compile_apart",
     "compile_fx",
     "copy_graph",
     "disable_modes",
@@ -132,6 +134,24 @@ def capture_output_code(sink: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         GraphLowering.save_output_code = before
+
+
+@contextmanager
+def compile_apart() -> Iterator[None]:
+    """Compile something else while a graph is compiled: as stock Inductor would, and unseen."""
+    listener = GraphLowering.save_output_code
+    GraphLowering.save_output_code = None
+    try:
+        with (
+            tracing(None),
+            disable_modes(),
+            V.set_choices_handler(InductorChoices()),
+            inductor_config.patch(custom_partitioner_fn=None),
+            functorch_config.patch(force_non_lazy_backward_lowering=True),
+        ):
+            yield
+    finally:
+        GraphLowering.save_output_code = listener
 
 
 def mutated_inputs(joint: fx.Graph) -> list[fx.Node]:

@@ -26,6 +26,8 @@ _SLOW_FACTOR = 4.0
 # one, 10 ns each where an exponential takes 0.4; a GPU draws them in all its lanes.
 _RANDOM_FACTOR = {"cpu": 75.0}
 _OTHER_RANDOM_FACTOR = 12.0
+# Copies run beside the step: see ``memopt.transfers``.
+_BESIDE = frozenset({"memopt.to_host", "memopt.from_host"})
 _LIBRARY_EFFICIENCY = 0.7  # of the roofline, typical of large library calls
 # Attention reaches less of the peak; the CPU's least: softmax between two small matrix products.
 _ATTENTION_EFFICIENCY = {"cpu": 0.12}
@@ -56,6 +58,8 @@ class CostModel:
         kind = op_kind(node)
         if kind in (OpKind.INPUT, OpKind.VIEW, OpKind.SYMBOL):
             return 0.0
+        if packet_name(node.target) in _BESIDE:
+            return self.device.launch_seconds
         if kind is OpKind.EXTERN and self.measured:
             return self._measure(node)
         touched = [t for n in (node, *node.all_input_nodes) for t in _values(n)]

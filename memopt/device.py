@@ -23,6 +23,7 @@ class DeviceSpec:
         launch_seconds: cost of starting one kernel.
         allocation_granularity: the allocator rounds each storage up to a multiple of this.
         processors: streaming multiprocessors, compute units or cores.
+        link: bytes per second between device and host, in each direction.
     """
 
     name: str
@@ -32,6 +33,7 @@ class DeviceSpec:
     launch_seconds: float
     allocation_granularity: int
     processors: int
+    link: float
 
     def flops_for(self, dtype: str) -> float:
         """Peak for a dtype; unlisted dtypes run at fp32 speed."""
@@ -47,6 +49,7 @@ def _gpu(
     bandwidth: float,
     gigabytes: int,
     processors: int,
+    link: float,
 ) -> DeviceSpec:
     flops = {"float32": fp32, "tf32": tf32, "bfloat16": half, "float16": half}
     return DeviceSpec(
@@ -57,6 +60,7 @@ def _gpu(
         launch_seconds=4e-6,
         allocation_granularity=512,
         processors=processors,
+        link=link,
     )
 
 
@@ -70,6 +74,7 @@ def _cpu() -> DeviceSpec:
         launch_seconds=2e-6,
         allocation_granularity=1,
         processors=cores,
+        link=8e9,
     )
 
 
@@ -85,6 +90,7 @@ DEVICES: dict[str, DeviceSpec] = {
             bandwidth=2.0e12,
             gigabytes=80,
             processors=108,
+            link=25e9,
         ),
         _gpu(
             "h100",
@@ -94,6 +100,7 @@ DEVICES: dict[str, DeviceSpec] = {
             bandwidth=3.35e12,
             gigabytes=80,
             processors=132,
+            link=45e9,
         ),
         _gpu(
             "h200",
@@ -103,6 +110,7 @@ DEVICES: dict[str, DeviceSpec] = {
             bandwidth=4.8e12,
             gigabytes=141,
             processors=132,
+            link=45e9,
         ),
         _gpu(
             "b200",
@@ -112,6 +120,7 @@ DEVICES: dict[str, DeviceSpec] = {
             bandwidth=8.0e12,
             gigabytes=180,
             processors=148,
+            link=45e9,
         ),
         _gpu(
             "l40s",
@@ -121,6 +130,7 @@ DEVICES: dict[str, DeviceSpec] = {
             bandwidth=0.86e12,
             gigabytes=48,
             processors=142,
+            link=25e9,
         ),
         _gpu(
             "rtx4090",
@@ -130,6 +140,7 @@ DEVICES: dict[str, DeviceSpec] = {
             bandwidth=1.0e12,
             gigabytes=24,
             processors=128,
+            link=25e9,
         ),
         _gpu(
             "mi300x",
@@ -139,6 +150,7 @@ DEVICES: dict[str, DeviceSpec] = {
             bandwidth=5.3e12,
             gigabytes=192,
             processors=304,
+            link=45e9,
         ),
     )
 }

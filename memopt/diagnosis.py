@@ -153,6 +153,10 @@ def make_record(split: Splitter, proof: Proof) -> GraphRecord:
             search.fastest.liveness.timeline("stock partition"),
             chosen.liveness.timeline("plan"),
         ),
+        step_seconds=outcome.problem.step_seconds(chosen),
+        baseline_step_seconds=outcome.problem.step_seconds(search.everything_kept),
+        host_bytes=outcome.problem.host_bytes(chosen.saved),
+        stall_seconds=chosen.stall_seconds,
     )
 
 
@@ -160,7 +164,8 @@ def _say_what_is_random(split: Splitter, outcome: Outcome) -> None:
     """One remark per saved value that may not be made a second time."""
     problem = outcome.problem
     joint = problem.joint
-    for i in sorted(outcome.chosen.saved):
+    source = {e.encoded: e.source for e in joint.encodings}
+    for i in sorted(source.get(i, i) for i in outcome.chosen.saved):
         owners = {joint.storages[s].owner for s in joint.storage_of[i]}
         if any(not joint.recomputable[o] and joint.nodes[o].op == "call_function" for o in owners):
             node = joint.nodes[i]

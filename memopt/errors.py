@@ -35,6 +35,10 @@ class PartitionError(MemoptError, RuntimeError):
     """A partition does not type-check against its joint graph: a bug in memopt."""
 
 
+class HostMemoryError(MemoptError, RuntimeError):
+    """The host has no memory for the copies that a plan keeps there."""
+
+
 class StaleLogitsError(MemoptError, RuntimeError):
     """Logits that were not kept were asked for after what they are computed from had changed."""
 

@@ -177,9 +177,24 @@ def op_kind(node: fx.Node) -> OpKind:
     return OpKind.EXTERN
 
 
+def on_host(node: fx.Node) -> bool:
+    """Whether the node's value is a copy that lies in the host's memory."""
+    return packet_name(node.target) == "memopt.to_host"
+
+
 def is_scatter(node: fx.Node) -> bool:
     """Whether the result is the first input with some entries changed, and may take its place."""
     return packet_name(node.target) in _SCATTER_NAMES
+
+
+def backward_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """What depends on an incoming gradient, in a joint graph."""
+    late: set[fx.Node] = set()
+    for node in graph.nodes:
+        tangent = node.op == "placeholder" and "tangents" in str(node.target)
+        if tangent or (node.op != "output" and not late.isdisjoint(node.all_input_nodes)):
+            late.add(node)
+    return late
 
 
 def stretches(graph: fx.Graph) -> dict[fx.Node, int]:

@@ -5,15 +5,15 @@ A storage, not a tensor, is what is live: views cost nothing and keep their base
 """
 
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from torch import fx
 
 from memopt import graph as predicates
-from memopt._torch import NodeInfo, classify_nodes, forward_and_backward_outputs
+from memopt._torch import NodeInfo, forward_and_backward_outputs
 from memopt.graph import OpKind
 
 
@@ -37,6 +37,31 @@ class Storage:
 
 
 @dataclass(frozen=True)
+class Encoding:
+    """Another form of a value, in which the backward may hold it.
+
+    Attributes:
+        kind: what makes it, such as ``"pack"``.
+        source: index of the value.
+        encoded: index of its other form.
+        decoded: index of the value, made of the other form; nothing reads it.
+        inner: indices of all nodes that encode and decode, the last two among them.
+        host_nbytes: bytes that its other form has on the host; 0 where that is on the device.
+    """
+
+    kind: str
+    source: int
+    encoded: int
+    decoded: int
+    inner: tuple[int, ...]
+    host_nbytes: int
+
+
+ENCODES = "memopt_encodes"
+"""Set in ``node.meta`` of a decoded value: the kind, and the names of source and other form."""
+
+
+@dataclass(frozen=True)
 class JointGraph:
     """A joint forward-and-backward graph, indexed.
 
@@ -52,6 +77,7 @@ class JointGraph:
         recomputable: nodes that may run a second time.
         forward_outputs, backward_outputs: indices of the outputs, constants left out.
         tangents: indices of the incoming gradients.
+        encodings: other forms of values, from which a plan may choose.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -66,11 +92,45 @@ class JointGraph:
     forward_outputs: tuple[int, ...]
     backward_outputs: tuple[int, ...]
     tangents: tuple[int, ...]
+    encodings: tuple[Encoding, ...]
     index: dict[fx.Node, int] = field(repr=False)
 
     def __len__(self) -> int:
         """Number of nodes."""
         return len(self.nodes)
+
+    def settled(self, saved: Iterable[int]) -> frozenset[int]:
+        """A saved set with one form of each value: as it is, or else the first other one."""
+        chosen = set(saved)
+        once = set(chosen)
+        for encoding in self.encodings:
+            if encoding.encoded in chosen:
+                if encoding.source in once:
+                    chosen.remove(encoding.encoded)
+                once.add(encoding.source)
+        return frozenset(chosen)
+
+    def holding(self, saved: Collection[int]) -> "JointGraph":
+        """The graph as the backward runs it: a value that is held in another form is decoded.
+
+        Args:
+            saved: nodes whose values cross from the forward to the backward.
+        """
+        used = [e for e in self.encodings if e.encoded in saved]
+        if not used:
+            return self
+        nodes = {e.source: e.decoded for e in used}
+        storages = {self.storage_of[e.source][0]: self.storage_of[e.decoded][0] for e in used}
+        inner = {i for e in used for i in e.inner}
+        inputs = tuple(
+            read if i in inner else tuple(nodes.get(u, u) for u in read)
+            for i, read in enumerate(self.inputs)
+        )
+        storage_of = tuple(
+            own if i in nodes else tuple(storages.get(s, s) for s in own)
+            for i, own in enumerate(self.storage_of)
+        )
+        return replace(self, inputs=inputs, storage_of=storage_of)
 
     @cached_property
     def parts(self) -> dict[int, list[int]]:
@@ -82,11 +142,14 @@ class JointGraph:
         return parts
 
 
-def index_joint_graph(
-    gm: fx.GraphModule, *, num_fwd_outputs: int, static_inputs: Sequence[int] = ()
-) -> tuple[JointGraph, NodeInfo]:
-    """Index a joint graph; also return torch's own classification of its nodes."""
-    info = classify_nodes(gm, list(static_inputs), num_fwd_outputs)
+def index_joint_graph(gm: fx.GraphModule, info: NodeInfo, *, num_fwd_outputs: int) -> JointGraph:
+    """Index a joint graph.
+
+    Args:
+        gm: the graph, perhaps with other forms of its values since it was classified.
+        info: torch's classification of its nodes.
+        num_fwd_outputs: how many of its outputs are the forward's.
+    """
     forward_outputs, backward_outputs, *_ = forward_and_backward_outputs(
         gm, num_fwd_outputs=num_fwd_outputs
     )
@@ -96,22 +159,48 @@ def index_joint_graph(
         i for i, n in enumerate(nodes) if n.op == "placeholder" and "tangents" in str(n.target)
     )
     builder = _StorageBuilder(nodes, index)
-    joint = JointGraph(
+    inputs = tuple(tuple(index[a] for a in n.all_input_nodes) for n in nodes)
+    forwardable = tuple(n not in info.tangents_closure for n in nodes)
+    returned = _indices(forward_outputs, index)
+    held = {s for i in returned for s in builder.storage_of[i]}  # as they are, in any case
+    encodings = (
+        e
+        for e in _encodings(nodes, inputs)
+        if forwardable[e.source] and held.isdisjoint(builder.storage_of[e.source])
+    )
+    return JointGraph(
         nodes=nodes,
-        inputs=tuple(tuple(index[a] for a in n.all_input_nodes) for n in nodes),
+        inputs=inputs,
         storages=tuple(builder.storages),
         storage_of=tuple(builder.storage_of),
         allocates=tuple(builder.allocates),
         kind=tuple(predicates.op_kind(n) for n in nodes),
-        forwardable=tuple(n not in info.tangents_closure for n in nodes),
+        forwardable=forwardable,
         required_forward=tuple(n in info.required_fw_nodes for n in nodes),
         recomputable=tuple(predicates.is_recomputable(n) for n in nodes),
-        forward_outputs=_indices(forward_outputs, index),
+        forward_outputs=returned,
         backward_outputs=_indices(backward_outputs, index),
         tangents=tangents,
+        encodings=tuple(encodings),
         index=index,
     )
-    return joint, info
+
+
+def _encodings(nodes: Sequence[fx.Node], inputs: Sequence[Sequence[int]]) -> Iterator[Encoding]:
+    """The other forms that a graph offers."""
+    by_name = {node.name: i for i, node in enumerate(nodes)}
+    for decoded, node in enumerate(nodes):
+        if ENCODES in node.meta:
+            kind, *names = node.meta[ENCODES]
+            source, encoded = (by_name[name] for name in names)
+            inner, edge = {decoded}, [decoded]
+            while edge:
+                more = {u for u in inputs[edge.pop()] if u != source} - inner
+                inner |= more
+                edge += more
+            copied = nodes[source] if predicates.on_host(nodes[encoded]) else None
+            host_nbytes = predicates.storage_nbytes(copied.meta["val"])[0] if copied else 0
+            yield Encoding(kind, source, encoded, decoded, tuple(sorted(inner)), host_nbytes)
 
 
 def _indices(values: Sequence[Any], index: dict[fx.Node, int]) -> tuple[int, ...]:
@@ -162,7 +251,7 @@ class _StorageBuilder:
         fake = _fake_id(tensor)
         if node.op != "call_function" and fake in self._by_fake:
             return self._by_fake[fake]
-        nbytes, expr = predicates.storage_nbytes(tensor)
+        nbytes, expr = (0, 0) if predicates.on_host(node) else predicates.storage_nbytes(tensor)
         base = i if not isinstance(node.meta.get("val"), (tuple, list)) else -1
         self.storages.append(Storage(i, base, nbytes, expr, resident))
         self._by_fake[fake] = len(self.storages) - 1

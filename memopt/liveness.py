@@ -98,16 +98,18 @@ def analyse(schedule: Schedule, workspace: Sequence[int], *, fused: bool) -> Liv
     half = FusedHalf if fused else Half
     forward = half(joint, schedule.forward, start=0, held=(), kept=(*schedule.saved, *outputs))
     backward = half(
-        joint,
+        schedule.behind,
         schedule.backward,
         start=boundary,
         held=(*schedule.saved, *outputs, *joint.tangents),
         kept=(*joint.backward_outputs, *outputs),
     )
     steps = (*schedule.forward, *schedule.backward)
+    leaves = {s: last for i, last in schedule.leaves.items() for s in joint.storage_of[i]}
+    ahead = [(s, first, max(last, leaves.get(s, last))) for s, first, last in forward.lives()]
     return Liveness(
         schedule,
-        (*forward.lives(), *backward.lives()),
+        (*ahead, *backward.lives()),
         tuple(workspace[i] for i in steps),
         (frozenset(forward.reads), frozenset(backward.reads)),
     )

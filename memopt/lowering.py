@@ -15,6 +15,7 @@ from memopt._torch import (
     functorch_config,
     get_decompositions,
     inductor_handlers,
+    select_decomp_table,
 )
 from memopt.fusion import NearbyFusion
 from memopt.graph import aten
@@ -111,6 +112,18 @@ def lower_eagerly(gm: fx.GraphModule, inputs: Sequence[Any], split: Splitter) ->
         bw_compiler=_interpret,
         partition_fn=split,
         decompositions=get_decompositions([aten.mse_loss, aten.softplus_backward]),
+    )
+    compiled: Compiled = compiler(gm, inputs)
+    return compiled
+
+
+def interpret_planned(gm: fx.GraphModule, inputs: Sequence[Any], split: Splitter) -> Compiled:
+    """Plan what Inductor would be given, and interpret it: on fake tensors that costs nothing."""
+    compiler = aot_autograd(
+        fw_compiler=_interpret,
+        bw_compiler=_interpret,
+        partition_fn=split,
+        decompositions=select_decomp_table(),
     )
     compiled: Compiled = compiler(gm, inputs)
     return compiled

@@ -50,16 +50,20 @@ class Outcome:
         """The fate of every storage that the backward needs, largest first."""
         joint, problem = self.problem.joint, self.problem
         kept = problem.saved_storages(self.chosen.saved)
-        asked = kept | problem.saved_storages(self.search.everything_kept.saved)
+        used = [e for e in joint.encodings if e.encoded in self.chosen.saved]
+        encoded = {joint.storage_of[e.source][0]: e for e in used}
+        kept -= {joint.storage_of[e.encoded][0] for e in used}
+        asked = kept | encoded.keys() | problem.saved_storages(self.search.everything_kept.saved)
         rows = []
         for s in asked:
             storage = joint.storages[s]
             node = joint.nodes[storage.owner]
+            kind = encoded[s].kind if s in encoded else "keep" if s in kept else "recompute"
             rows.append(
                 DecisionRow(
                     name=joint.nodes[storage.base].name,
                     op=str(node.target),
-                    kind="keep" if s in kept else "recompute",
+                    kind=kind,
                     nbytes=storage.nbytes,
                     seconds=problem.seconds[storage.owner],
                     source=source_line(node),

@@ -12,7 +12,8 @@ from memopt._torch import (
     thread_graphsafe_rng_from_hops,
 )
 from memopt.errors import PartitionError
-from memopt.joint import JointGraph
+from memopt.joint import Encoding, JointGraph
+from memopt.kernels.host import ARRIVED, FROM_HOST, LEFT
 from memopt.schedule import Schedule
 
 
@@ -21,7 +22,8 @@ def partition(
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Split ``gm`` so that exactly the saved set crosses, and both halves run in schedule order.
 
-    Inputs that the backward reads cross as well: they cost no memory of the step's.
+    Inputs that the backward reads cross as well: they cost no memory of the step's. What is held
+    in another form is encoded right where it is made, and decoded by the schedule.
 
     Raises:
         PartitionError: the halves do not fit together: a bug in memopt.
@@ -30,7 +32,9 @@ def partition(
     if again := [i for i in schedule.recomputed if not joint.recomputable[i]]:
         names = [joint.nodes[i].name for i in again[:5]]
         raise PartitionError(f"bug in memopt: {names} may not run twice, and the plan does so")
-    chosen = [joint.nodes[i] for i in sorted(schedule.saved)]
+    used = [e for e in joint.encodings if e.encoded in schedule.saved]
+    source = {e.encoded: e.source for e in used}
+    chosen = [joint.nodes[source.get(i, i)] for i in sorted(schedule.saved)]
     crossing = [*info.inputs, *(n for n in chosen if n.op != "placeholder")]
     symbols = [n for n in crossing if is_sym_node(n)]
     values = [n for n in crossing if not is_sym_node(n)]
@@ -41,12 +45,60 @@ def partition(
         num_fwd_outputs=num_fwd_outputs,
         static_lifetime_input_nodes=info.static_lifetime_input_nodes,
     )
+    for encoding in used:
+        _encode(forward.graph, joint, encoding)
+        _decode(backward.graph, joint, encoding)
     reorder(backward.graph, _names(joint, schedule.backward))
     forward, backward = raise_getitems(forward), raise_getitems(backward)
     forward = thread_graphsafe_rng_from_hops(forward, is_backward=False)
     backward = thread_graphsafe_rng_from_hops(backward, is_backward=True)
+    _wait_for_copies(forward.graph, backward.graph, schedule)
     check_halves(forward, backward, num_fwd_outputs)
     return forward, backward
+
+
+def _encode(forward: fx.Graph, joint: JointGraph, encoding: Encoding) -> None:
+    """Let a value leave the forward in another form."""
+    (output,) = forward.find_nodes(op="output")
+    name = joint.nodes[encoding.source].name
+    value = next(node for node in forward.nodes if node.name == name)
+    copies = {joint.nodes[encoding.source]: value}
+    with forward.inserting_before(value.next):
+        for i in encoding.inner:
+            if i <= encoding.encoded:
+                copies[joint.nodes[i]] = forward.node_copy(joint.nodes[i], copies.__getitem__)
+    output.replace_input_with(value, copies[joint.nodes[encoding.encoded]])
+
+
+def _decode(backward: fx.Graph, joint: JointGraph, encoding: Encoding) -> None:
+    """Let the backward take a value in another form."""
+    source, encoded = joint.nodes[encoding.source], joint.nodes[encoding.encoded]
+    value = next(n for n in backward.find_nodes(op="placeholder") if n.name == source.name)
+    with backward.inserting_before(value):
+        taken = backward.placeholder(encoded.name)
+    taken.meta.update(encoded.meta)
+    copies = {encoded: taken}
+    with backward.inserting_before(min(value.users)):
+        for i in encoding.inner:
+            if i > encoding.encoded:
+                copies[joint.nodes[i]] = backward.node_copy(joint.nodes[i], copies.__getitem__)
+    value.replace_all_uses_with(copies[joint.nodes[encoding.decoded]])
+    backward.erase_node(value)
+
+
+def _wait_for_copies(forward: fx.Graph, backward: fx.Graph, schedule: Schedule) -> None:
+    """Hold values until they have left, and read them once they are back."""
+    by_name = {node.name: node for node in forward.nodes}
+    for i, last in schedule.leaves.items():
+        names = [schedule.joint.nodes[at].name for at in schedule.forward[: last + 1]]
+        behind = next(by_name[name] for name in reversed(names) if name in by_name)
+        with forward.inserting_after(behind):
+            left = forward.call_function(LEFT, (by_name[schedule.joint.nodes[i].name],))
+        left.meta["val"] = None
+    for copy in backward.find_nodes(op="call_function", target=FROM_HOST):
+        with backward.inserting_before(min(copy.users)):
+            arrived = backward.call_function(ARRIVED, (copy,))
+        arrived.meta["val"] = None
 
 
 def reorder(graph: fx.Graph, names: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import fx
 
@@ -159,7 +159,16 @@ class Pipeline:
             )
 
 
-def configure(pass_: Pass, config: Config) -> Pass:
+class Named(Protocol):
+    """What options configure by name: a dataclass."""
+
+    name: ClassVar[str]
+
+
+Configured = TypeVar("Configured", bound=Named)
+
+
+def configure(pass_: Configured, config: Config) -> Configured:
     """The pass with the user's options as its fields.
 
     Raises:
@@ -201,5 +210,6 @@ def _is_impure(node: fx.Node) -> bool:
     if in_place or is_mutating(node) or node.kwargs.get("inplace") or "out" in node.kwargs:
         return True
     if node.op == "call_function" and not isinstance(node.target, OpOverload):
-        return node.is_impure() or not tensors(node.meta.get("example_value"))
+        made = [value for kind in _TRACED for value in tensors(node.meta.get(kind))]
+        return node.is_impure() or not made
     return node.is_impure()

@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
+import numpy as np
+
 from memopt.problem import Candidate, Problem
 from memopt.regions import Tables, tabulate
 from memopt.solve import lowest_peak, solve_exact, solve_greedy
@@ -22,10 +24,14 @@ from memopt.solve import lowest_peak, solve_exact, solve_greedy
 # Bounds on the work, so that the plan does not depend on how fast the machine is. The clock is a
 # safety net for very large graphs only.
 _MAX_LEVELS = 24
+_LINK_LEVELS = 8
 _MAX_TIGHTEN = 6
 _MAX_SPENDS = 28
 _MAX_DESCENT = 60
 _CLEARLY_LOWER = 0.9
+# What a byte's way to the host and back is worth: nothing where the link is idle, and at most the
+# time that it takes, where every copy is waited for.
+_LINK_SHARES = (0.0, 0.05, 0.3, 2.0)
 
 
 class Search:
@@ -197,19 +203,27 @@ class Search:
             at_middle = problem.cut(lambda i, price=middle: price)  # type: ignore[misc]
             sets.setdefault(at_middle, middle)
             todo += [(a, at_a, middle, at_middle), (middle, at_middle, b, at_b)]
+        if problem.link:
+            for share in _LINK_SHARES:
+                for price in np.geomspace(low, high, _LINK_LEVELS):
+                    away = share / problem.link.bandwidth
+                    sets.setdefault(problem.cut(lambda i, p=price: p, away), price)  # type: ignore[misc]
         found = [problem.evaluate(s, f"price {p:.1e} s/B") for s, p in sets.items()]
         return [self.everything_kept, *found]
 
     def _spend(self, start: Candidate, budget_bytes: int) -> Candidate:
-        """(4) Save more, dearest recomputation per byte first, in batches that adapt."""
+        """(4) Save more, what is dearest per byte first, in batches that adapt.
+
+        Dear is what is recomputed, or held in another form.
+        """
         problem, best = self.problem, start
+        seconds = {i: problem.seconds[i] for i in best.liveness.schedule.recomputed}
+        for encoding in problem.joint.encodings:
+            if encoding.encoded in best.saved:
+                seconds[encoding.source] = problem.holding_seconds(encoding)
         wanted = sorted(
-            (
-                i
-                for i in best.liveness.schedule.recomputed
-                if 0 < problem.save_bytes[i] < float("inf")
-            ),
-            key=lambda i: (-problem.seconds[i] / problem.save_bytes[i], i),
+            (i for i in seconds if 0 < problem.save_bytes[i] < float("inf")),
+            key=lambda i: (-seconds[i] / problem.save_bytes[i], i),
         )
         batch = max(1, len(wanted) // 2)
         at = spends = 0

@@ -1,17 +1,18 @@
 """The planning problem: prices of saving and recomputing each node, and exact evaluation."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from memopt._torch import is_sym_node
 from memopt.cost import CostModel
 from memopt.graph import OpKind, tensors
-from memopt.joint import JointGraph
+from memopt.joint import Encoding, JointGraph
 from memopt.liveness import Liveness, analyse
 from memopt.lives import read_by_library_calls, storages_of
 from memopt.mincut import SavedSetNetwork
 from memopt.schedule import make_schedule
+from memopt.transfers import Link, place_copies
 
 INFINITE = float("inf")
 
@@ -26,6 +27,7 @@ class Candidate:
         peak_bytes: the highest live bytes of the step.
         seconds: time spent on recomputation and on writing and reading what is saved.
         recompute_seconds: the part of it that is recomputation.
+        stall_seconds: the part of it that the step waits for copies to and from the host.
         origin: which search found it.
     """
 
@@ -34,6 +36,7 @@ class Candidate:
     peak_bytes: int
     seconds: float
     recompute_seconds: float
+    stall_seconds: float
     origin: str
 
 
@@ -44,10 +47,12 @@ class Problem:
     Attributes:
         joint: the graph.
         cost: seconds and scratch bytes of each node.
+        link: to the host; None where nothing may be held there.
     """
 
     joint: JointGraph
     cost: CostModel
+    link: Link | None = None
 
     @cached_property
     def seconds(self) -> list[float]:
@@ -102,6 +107,10 @@ class Problem:
         for s in joint.storages:
             if s.base >= 0 and not s.resident and joint.forwardable[s.base]:
                 price[s.base] = float(s.nbytes)
+        for encoding in joint.encodings:
+            for i in encoding.inner:
+                if i != encoding.encoded:
+                    price[i] = INFINITE
         return price
 
     @cached_property
@@ -119,40 +128,111 @@ class Problem:
         return sorted(read)
 
     @cached_property
+    def forward_share(self) -> list[float]:
+        """Seconds of each node in the forward half."""
+        on = self.joint.required_forward
+        return [s if runs else 0.0 for s, runs in zip(self.seconds, on, strict=True)]
+
+    @property
     def forward_seconds(self) -> float:
         """Time of the forward half."""
-        return sum(
-            s for s, on in zip(self.seconds, self.joint.required_forward, strict=True) if on
-        )
+        return sum(self.forward_share)
 
     def evaluate(self, saved: Iterable[int], origin: str) -> Candidate:
         """Schedule the two halves for a saved set, and measure it exactly under the model.
 
         What may not run twice, such as a random draw, is added to the set where it is missing.
         """
+        saved = self._within_host(self.joint.settled(saved))
         schedule = make_schedule(self.joint, saved)
         if any(self.recompute_price[i] == INFINITE for i in schedule.recomputed):
             schedule = make_schedule(self.joint, self._repaired(schedule.saved))
+        stall = 0.0
+        if self.link and (away := self._away(schedule.saved)):
+            schedule, stall = place_copies(schedule, away, self.seconds, self.link)
         liveness = analyse(schedule, self.workspace, fused=self.cost.fused)
         recompute = sum(self.seconds[i] for i in schedule.recomputed)
         traffic = self.cost.traffic_seconds(liveness.saved_bytes)
+        coding = sum(self.encoding_seconds.get(i, 0.0) for i in schedule.saved)
         return Candidate(
             schedule.saved,
             liveness,
             liveness.peak_bytes,
-            recompute + traffic,
+            recompute + traffic + coding + stall,
             recompute,
+            stall,
             origin,
         )
 
-    def cut(self, price: Callable[[int], float]) -> frozenset[int]:
-        """The cheapest saved set when saving node ``i`` costs ``price(i)`` seconds per byte."""
+    @cached_property
+    def encoding_seconds(self) -> dict[int, float]:
+        """Time to make each other form of a value, and the value of it, by the form's node.
+
+        What is copied to the host and back is read and written on the device as well.
+        """
+        return {
+            e.encoded: sum(self.seconds[i] for i in e.inner)
+            + self.cost.traffic_seconds(e.host_nbytes)
+            for e in self.joint.encodings
+        }
+
+    def step_seconds(self, candidate: Candidate) -> float:
+        """Time of both halves."""
+        schedule = candidate.liveness.schedule
+        runs = sum(self.seconds[i] for i in (*schedule.forward, *schedule.backward))
+        saved = self.cost.traffic_seconds(candidate.liveness.saved_bytes)
+        return runs + saved + candidate.stall_seconds
+
+    def _away(self, saved: Collection[int]) -> list[Encoding]:
+        """What is held on the host."""
+        return [e for e in self.joint.encodings if e.host_nbytes and e.encoded in saved]
+
+    def link_seconds(self, encoding: Encoding) -> float:
+        """Time of a value's way to the host; as long again for the way back."""
+        return encoding.host_nbytes / self.link.bandwidth if self.link else 0.0
+
+    def holding_seconds(self, encoding: Encoding) -> float:
+        """What a value's other form costs at most: where its way to the host is waited for."""
+        return self.encoding_seconds[encoding.encoded] + 2 * self.link_seconds(encoding)
+
+    def _within_host(self, saved: frozenset[int]) -> frozenset[int]:
+        """The same set, with no more on the host than it may hold; the rest stays as it is."""
+        limit = self.link.host_bytes if self.link else None
+        left = float("inf") if limit is None else limit
+        for encoding in self._away(saved):
+            if encoding.host_nbytes > left:
+                saved = saved - {encoding.encoded} | {encoding.source}
+            else:
+                left -= encoding.host_nbytes
+        return saved
+
+    def host_bytes(self, saved: Collection[int]) -> int:
+        """Bytes on the host."""
+        return sum(e.host_nbytes for e in self._away(saved))
+
+    def cut(self, price: Callable[[int], float], link_price: float = INFINITE) -> frozenset[int]:
+        """The cheapest saved set when saving node ``i`` costs ``price(i)`` seconds per byte.
+
+        Each value is saved in its cheapest form.
+
+        Args:
+            price: of a byte on the device.
+            link_price: seconds per byte on the host, for its way there and back.
+        """
         traffic = self.cost.traffic_seconds(1)
         save = [
             b if b in (0.0, INFINITE) else b * (price(i) + traffic)
             for i, b in enumerate(self.save_bytes)
         ]
-        return self._cheapest(save, self.recompute_price)
+        form: dict[int, int] = {}
+        for encoding in self.joint.encodings:
+            whole = save[encoding.encoded] + self.encoding_seconds[encoding.encoded]
+            if encoding.host_nbytes:
+                whole += encoding.host_nbytes * link_price
+            if whole < save[encoding.source]:
+                save[encoding.source] = whole
+                form[encoding.source] = encoding.encoded
+        return frozenset(form.get(i, i) for i in self._cheapest(save, self.recompute_price))
 
     def keep_everything(self) -> Candidate:
         """Save every value that the backward reads: nothing but views runs twice."""
@@ -162,9 +242,10 @@ class Problem:
     def _repaired(self, saved: Iterable[int]) -> frozenset[int]:
         """The set with the fewest bytes added that leaves nothing forbidden to recompute."""
         chosen = frozenset(i for i in saved if self.joint.kind[i] is not OpKind.INPUT)
-        save = [0.0 if i in chosen else b for i, b in enumerate(self.save_bytes)]
+        held = {e.source for e in self.joint.encodings if e.encoded in chosen}
+        save = [0.0 if i in chosen | held else b for i, b in enumerate(self.save_bytes)]
         free = [p if p == INFINITE else 0.0 for p in self.recompute_price]
-        return chosen | self._cheapest(save, free)
+        return chosen | (self._cheapest(save, free) - held)
 
     def _cheapest(self, save: Sequence[float], recompute: Sequence[float]) -> frozenset[int]:
         """The saved set of least cost; what is resident anyway is left out."""

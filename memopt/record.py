@@ -14,7 +14,7 @@ class DecisionRow:
     Attributes:
         name: the joint-graph node that owns the storage.
         op: the operator that makes it, such as ``"aten.mm.default"``.
-        kind: ``"keep"`` or ``"recompute"``.
+        kind: ``"keep"``, ``"recompute"``, or what was done to it to hold it, such as ``"pack"``.
         nbytes: bytes of the storage.
         seconds: modelled cost of making it once more, in seconds.
         source: the user's ``file:line``, or ``""``.
@@ -53,6 +53,10 @@ class GraphRecord:
         remarks: everything the passes and the planner said.
         timelines: ``"everything kept"``, ``"stock partition"`` and ``"plan"``, forward and
             backward in schedule order; inference graphs have only ``"plan"``.
+        step_seconds: modelled time of both halves.
+        baseline_step_seconds: the same with every value kept.
+        host_bytes: bytes of values that are held in the host's memory.
+        stall_seconds: modelled time that the step waits for their copies.
     """
 
     id: str
@@ -74,3 +78,7 @@ class GraphRecord:
     rewrites: dict[str, int]
     remarks: tuple[Remark, ...]
     timelines: tuple[Timeline, ...]
+    step_seconds: float = 0.0
+    baseline_step_seconds: float = 0.0
+    host_bytes: int = 0
+    stall_seconds: float = 0.0

@@ -24,7 +24,8 @@ class Tables:
     Attributes:
         levels: the uniform plans.
         region_of: region of each joint-graph node.
-        seconds: time of recomputing and saving in region ``r`` at level ``l``.
+        seconds: time of recomputing and saving in region ``r`` at level ``l``, and of copies to
+            the host and back beyond the time that the region runs, twice as long backwards.
         saved_bytes: bytes that region ``r`` holds across the boundary at level ``l``.
         forward_bytes, backward_bytes: peak while region ``r`` runs, less what earlier regions
             have saved.
@@ -98,12 +99,20 @@ def tabulate(problem: Problem, levels: Sequence[Candidate]) -> Tables:
     seconds, saved = np.zeros(shape), np.zeros(shape)
     forward, backward = np.zeros(shape), np.zeros(shape)
     joint = problem.joint
+    running = np.bincount(region_of, problem.forward_share, regions)
     for column, level in enumerate(levels):
         for i in level.liveness.schedule.recomputed:
             seconds[region_of[i], column] += problem.seconds[i]
         for s in problem.saved_storages(level.saved):
             owner = joint.storages[s].owner
             saved[region_of[owner], column] += joint.storages[s].nbytes
+        away = np.zeros(regions)
+        for encoding in joint.encodings:
+            if encoding.encoded in level.saved:
+                r = region_of[encoding.source]
+                seconds[r, column] += problem.encoding_seconds[encoding.encoded]
+                away[r] += problem.link_seconds(encoding)
+        seconds[:, column] += np.maximum(away - running, 0) + np.maximum(away - 2 * running, 0)
         seconds[:, column] += saved[:, column] * problem.cost.traffic_seconds(1)
         before = np.cumsum(saved[:, column]) - saved[:, column]
         ahead, behind = _phase_peaks(level, region_of, regions)

@@ -29,6 +29,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = str(func).removesuffix(".default")
+        if name == "memopt.to_host":
+            self._meter.ignore([result])
+            return result
         empty = name.startswith("aten.empty")
         owner = self._module.target_of_running_line() if empty else name
         leaves = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]

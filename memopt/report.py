@@ -141,6 +141,10 @@ def _graph_dict(graph: GraphRecord) -> dict[str, Any]:
         "saved_bytes": graph.saved_bytes,
         "recompute_seconds": _finite(graph.recompute_seconds),
         "forward_seconds": _finite(graph.forward_seconds),
+        "step_seconds": _finite(graph.step_seconds),
+        "baseline_step_seconds": _finite(graph.baseline_step_seconds),
+        "host_bytes": graph.host_bytes,
+        "stall_seconds": _finite(graph.stall_seconds),
         "planning_seconds": _finite(graph.planning_seconds),
         "solver": graph.solver,
         "decisions": dict(sorted(Counter(row.kind for row in graph.decisions).items())),
@@ -205,6 +209,9 @@ def _figures(graph: GraphRecord) -> Iterator[tuple[str, str]]:
             f"{format_seconds(graph.recompute_seconds)} a step"
             + (f", {share:.1%} of the forward" if share and math.isfinite(share) else ""),
         )
+        if graph.host_bytes:
+            waits = f"waited for {format_seconds(graph.stall_seconds)} a step"
+            yield "on the host", f"{format_bytes(graph.host_bytes)}, {waits}"
         counts, sizes = Counter[str](), Counter[str]()
         for row in graph.decisions:
             counts[row.kind] += 1

@@ -1,7 +1,7 @@
 """The order in which the two halves of a step run, given what is saved between them."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from memopt.graph import OpKind
@@ -14,15 +14,20 @@ class Schedule:
 
     Attributes:
         joint: the graph.
+        behind: the same as the backward runs it: see ``JointGraph.holding``.
         saved: nodes whose values cross from the forward to the backward.
         forward: the forward half, in order.
         backward: the backward half, in order, recomputation included.
+        leaves: for each value that is copied to the host the step, in the forward, by which it
+            has left the device.
     """
 
     joint: JointGraph
+    behind: JointGraph
     saved: frozenset[int]
     forward: tuple[int, ...]
     backward: tuple[int, ...]
+    leaves: Mapping[int, int] = field(default_factory=dict)
 
     @cached_property
     def recomputed(self) -> tuple[int, ...]:
@@ -37,14 +42,18 @@ def make_schedule(joint: JointGraph, saved: Iterable[int]) -> Schedule:
     Running recomputation early would hold its results for longer than needed: the peak of a
     checkpointed step depends on this order as much as on what is saved.
     """
-    saved = frozenset(saved)
-    needed = _ancestors(joint, [*joint.forward_outputs, *saved])
-    forward, backward = _forward(joint, needed), _backward(joint, saved)
+    saved = joint.settled(saved)
+    behind = joint.holding(saved)
+    backward = _backward(behind, saved)
+    ran = set(backward)
+    saved -= {e.encoded for e in joint.encodings if e.decoded not in ran}
+    forward = _forward(joint, _ancestors(joint, [*joint.forward_outputs, *saved]))
     return Schedule(
         joint,
+        behind,
         saved,
         forward=tuple(_take_apart_at_once(joint, forward)),
-        backward=tuple(_take_apart_at_once(joint, backward)),
+        backward=tuple(_take_apart_at_once(behind, backward)),
     )
 
 

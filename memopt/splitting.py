@@ -1,7 +1,7 @@
 """Joint graph in, forward and backward out: passes, planning and partition, for any lowering."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import fx
 from memopt._torch import (
     NodeInfo,
     choose_saved_values_set,
+    classify_nodes,
     cleanup_recompute_tags,
     force_save_bw_mutation_src,
     force_save_collectives,
@@ -29,12 +30,14 @@ from memopt.chunking import (
 from memopt.config import Config
 from memopt.cost import CostModel
 from memopt.device import DEVICES, DeviceSpec, device_spec, spec_for_product
+from memopt.forms import Form, offer
 from memopt.graph import INLINED, tensors
 from memopt.joint import JointGraph, index_joint_graph
 from memopt.outcome import Outcome, load_plan
 from memopt.partition import partition
-from memopt.passes import JOINT, POST_GRAD
-from memopt.pipeline import PassContext, Pipeline
+from memopt.passes import FORMS, JOINT, POST_GRAD
+from memopt.passes.offload import Offload
+from memopt.pipeline import PassContext, Pipeline, configure
 from memopt.planner import Search
 from memopt.problem import Candidate, Problem
 
@@ -80,12 +83,12 @@ class Splitter:
         """Split one joint graph; the signature is torch's for a ``partition_fn``."""
         gm = _tidy(gm)
         Pipeline("joint", JOINT).run(gm, self.ctx)
-        joint, info = index_joint_graph(
-            gm,
-            num_fwd_outputs=num_fwd_outputs,
-            static_inputs=static_lifetime_input_indices or (),
-        )
-        outcome = self._plan(gm, joint, info)
+        static = [*(static_lifetime_input_indices or ())]
+        info = classify_nodes(gm, static, num_fwd_outputs)
+        stock = _stock_saved_set(gm, info) if self.config.lowering == "inductor" else None
+        offer(gm.graph, self._forms(), self.ctx)
+        joint = index_joint_graph(gm, info, num_fwd_outputs=num_fwd_outputs)
+        outcome = self._plan(joint, stock)
         self.outcomes.append(outcome)
         trace_structured(
             "artifact",
@@ -102,19 +105,26 @@ class Splitter:
             Pipeline("post_grad", POST_GRAD).run(half, self.ctx)
         return halves
 
-    def _plan(self, gm: fx.GraphModule, joint: JointGraph, info: NodeInfo) -> Outcome:
+    def _forms(self) -> list[Form]:
+        """Those that values may be held in; without a budget, none but their own."""
+        if self.config.memory_budget.kind == "none":
+            return []
+        named = [f for f in FORMS if self.config.enabled(f.name, default=f.default)]
+        return [configure(form, self.config) for form in named]
+
+    def _plan(self, joint: JointGraph, stock: Collection[str] | None) -> Outcome:
         """Plan; where the peak is too high in a chunked operator, halve its chunks and again.
 
         Chunks are doubled where that costs no byte: within the budget or, with none, below the
         peak of the rest of the step.
         """
         start = time.perf_counter()
-        outcome = best = self._search(gm, joint, info)
+        outcome = best = self._search(joint, stock)
         rows = chunk_rows(joint)
         while not best.fits or self.config.memory_budget.kind == "min":
             if self.config.plan is not None or not halve_chunks(joint, outcome.chosen):
                 break
-            outcome = self._search(gm, joint, info)
+            outcome = self._search(joint, stock)
             if outcome.chosen.peak_bytes < best.chosen.peak_bytes:
                 best, rows = outcome, chunk_rows(joint)
         set_chunk_rows(joint, rows)
@@ -132,7 +142,7 @@ class Splitter:
         grown = [outcome]
 
         def fits() -> bool:
-            problem = Problem(joint, outcome.problem.cost)
+            problem = replace(outcome.problem)  # what it remembers was of smaller chunks
             chosen = problem.evaluate(outcome.chosen.saved, outcome.chosen.origin)
             free = outcome.limit_bytes is not None or highest_in_chunks(joint, chosen) <= below
             if chosen.peak_bytes > aim or not free:
@@ -152,16 +162,19 @@ class Splitter:
         fused = self.config.lowering == "inductor"
         return limit_bytes - (int(limit_bytes * _FIRST_MARGIN) if fused else 0)
 
-    def _search(self, gm: fx.GraphModule, joint: JointGraph, info: NodeInfo) -> Outcome:
+    def _search(self, joint: JointGraph, stock: Collection[str] | None) -> Outcome:
         fused = self.config.lowering == "inductor"
         plan = None if self.config.plan is None else load_plan(joint, self.config.plan)
         if plan is not None:
             set_chunk_rows(joint, plan.chunk_rows)
         cost = CostModel(device_of(joint, self.config), fused, self.config.cost == "measured")
-        problem = Problem(joint, cost)
+        offload = next((form for form in self._forms() if isinstance(form, Offload)), None)
+        problem = Problem(joint, cost, offload.link(cost.device) if offload else None)
         search = Search(
             problem,
-            fastest=_stock_saved_set(gm, joint, info) if fused else None,
+            fastest=None
+            if stock is None
+            else [i for i, n in enumerate(joint.nodes) if n.name in stock],
             solver=self.config.solver,
             time_limit=self.config.solver_seconds,
         )
@@ -207,10 +220,10 @@ def _tidy(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _stock_saved_set(gm: fx.GraphModule, joint: JointGraph, info: NodeInfo) -> list[int]:
+def _stock_saved_set(gm: fx.GraphModule, info: NodeInfo) -> set[str]:
     """The saved set of torch's min-cut partitioner: what Inductor would do with no budget."""
     if not info.required_bw_nodes:
-        return []
+        return set()
     far = int(1e9)
     for node in reversed(gm.graph.nodes):
         if node.op != "output" and not info.is_required_fw(node):
@@ -218,5 +231,4 @@ def _stock_saved_set(gm: fx.GraphModule, joint: JointGraph, info: NodeInfo) -> l
         else:
             users = [] if node.op == "output" else [u.dist_from_bw + 1 for u in node.users]
             node.dist_from_bw = min([far, *users])
-    saved = choose_saved_values_set(gm.graph, info, memory_budget=1)
-    return [joint.index[n] for n in saved]
+    return {n.name for n in choose_saved_values_set(gm.graph, info, memory_budget=1)}

@@ -6,16 +6,20 @@ Import them as ``memopt.passes``. The folder is called ``passes`` only in the so
 if __name__ != "memopt.passes":
     raise ImportError(f"import memopt.passes, not {__name__}: it would be loaded a second time")
 
+from memopt.forms import Form
 from memopt.passes.chunk_losses import ChunkLosses
 from memopt.passes.clone_mutated_inputs import CloneMutatedInputs
 from memopt.passes.early_products import EarlyProducts
 from memopt.passes.embedding_gradients import EmbeddingGradients
+from memopt.passes.forget_inputs import ForgetInputs
 from memopt.passes.fuse_gates import FuseGates
 from memopt.passes.fuse_norms import FuseNorms
 from memopt.passes.fuse_rotary import FuseRotary
 from memopt.passes.fuse_rows import FuseRows
+from memopt.passes.offload import Offload
 from memopt.passes.overwrite_hidden_states import MarkHiddenStates, OverwriteHiddenStates
 from memopt.passes.overwrite_rotary import OverwriteRotary
+from memopt.passes.pack_masks import PackMasks
 from memopt.passes.remake_in_backward import RemakeInBackward
 from memopt.passes.unshare_readers import UnshareReaders
 from memopt.passes.weigh_rows import WeighRows
@@ -33,6 +37,7 @@ JOINT: tuple[Pass, ...] = (
     EmbeddingGradients(),
     MarkHiddenStates(),
     RemakeInBackward(),
+    ForgetInputs(),
 )
 POST_GRAD: tuple[Pass, ...] = (
     UnshareReaders(),
@@ -41,3 +46,4 @@ POST_GRAD: tuple[Pass, ...] = (
     FuseRows(),
     OverwriteRotary(),
 )
+FORMS: tuple[Form, ...] = (PackMasks(), Offload())

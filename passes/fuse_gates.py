@@ -11,8 +11,6 @@ Source: see ``memopt.kernels.gated``.
 """
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +19,7 @@ from torch import fx
 from memopt.emit import emit, same_shape, shape_of, traced
 from memopt.kernels.gated import GATED
 from memopt.kernels.gated_packed import GATED_PACKED
-from memopt.passes.fusing import Family, Found, Rule, Written, as_result, widens
+from memopt.passes.fusing import Family, Found, FusePass, Rule, Written, as_result, widens
 from memopt.passes.halves import EVEN, FIRST, ODD, SECOND, part_of
 from memopt.passes.heads import loosely
 from memopt.passes.patterns import (
@@ -42,7 +40,6 @@ from memopt.passes.patterns import (
     squared,
 )
 from memopt.passes.steps import cast_of, name_of
-from memopt.pipeline import PassContext
 
 _SILUS = frozenset({F.silu})
 _GELUS = frozenset({F.gelu})
@@ -207,19 +204,8 @@ _FAMILY = Family(
 )
 
 
-@dataclass(frozen=True)
-class FuseGates:
-    """``silu(gate) * up`` and its kin -> ``gated(gate, up)``.
+class FuseGates(FusePass):
+    """``silu(gate) * up`` and its kin -> ``gated(gate, up)``."""
 
-    Attributes:
-        cpu: whether to do so on the CPU as well.
-    """
-
-    cpu: bool = False
-
-    name: ClassVar[str] = "fuse_gates"
-    requires: ClassVar[frozenset[str]] = frozenset()
-    establishes: ClassVar[frozenset[str]] = frozenset()
-
-    def __call__(self, graph: fx.Graph, ctx: PassContext) -> int:
-        return _FAMILY.fuse(graph, ctx, cpu=self.cpu)
+    name = "fuse_gates"
+    family = _FAMILY

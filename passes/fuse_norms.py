@@ -11,8 +11,7 @@ Source: see ``memopt.kernels.norm``.
 """
 
 import operator
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +22,7 @@ from memopt.kernels.norm import MOST_WIDTH, NORM
 from memopt.passes.fusing import (
     Family,
     Found,
+    FusePass,
     Rule,
     Written,
     as_result,
@@ -52,7 +52,6 @@ from memopt.passes.patterns import (
     squared,
 )
 from memopt.passes.row_losses import arguments
-from memopt.pipeline import PassContext
 
 _ROOTS = frozenset({torch.sqrt, "sqrt"})
 _INVERSE_ROOTS = frozenset({torch.rsqrt, "rsqrt"})
@@ -305,19 +304,8 @@ def _is_anchor(node: fx.Node) -> bool:
 _FAMILY = Family("fuse_norms", (*_RULES, *_OTHERS), _is_anchor)
 
 
-@dataclass(frozen=True)
-class FuseNorms:
-    """``x * rsqrt(mean(x * x) + eps) * w`` and its kin -> ``norm(x, w)``.
+class FuseNorms(FusePass):
+    """``x * rsqrt(mean(x * x) + eps) * w`` and its kin -> ``norm(x, w)``."""
 
-    Attributes:
-        cpu: whether to do so on the CPU as well.
-    """
-
-    cpu: bool = False
-
-    name: ClassVar[str] = "fuse_norms"
-    requires: ClassVar[frozenset[str]] = frozenset()
-    establishes: ClassVar[frozenset[str]] = frozenset()
-
-    def __call__(self, graph: fx.Graph, ctx: PassContext) -> int:
-        return _FAMILY.fuse(graph, ctx, cpu=self.cpu)
+    name = "fuse_norms"
+    family = _FAMILY

@@ -12,8 +12,7 @@ Source: see ``memopt.kernels.rotary``.
 
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import fx
@@ -23,6 +22,7 @@ from memopt.kernels.rotary import ROTARY
 from memopt.passes.fusing import (
     Family,
     Found,
+    FusePass,
     Rule,
     Written,
     as_result,
@@ -229,22 +229,14 @@ _FAMILY = Family(
 )
 
 
-@dataclass(frozen=True)
-class FuseRotary:
-    """``q * cos + rotate_half(q) * sin``, and of ``k`` -> ``rotary(q, k, cos, sin)``.
+class FuseRotary(FusePass):
+    """``q * cos + rotate_half(q) * sin``, and of ``k`` -> ``rotary(q, k, cos, sin)``."""
 
-    Attributes:
-        cpu: whether to do so on the CPU as well.
-    """
-
-    cpu: bool = False
-
-    name: ClassVar[str] = "fuse_rotary"
-    requires: ClassVar[frozenset[str]] = frozenset()
-    establishes: ClassVar[frozenset[str]] = frozenset()
+    name = "fuse_rotary"
+    family = _FAMILY
 
     def __call__(self, graph: fx.Graph, ctx: PassContext) -> int:
-        rewrites = _FAMILY.fuse(graph, ctx, cpu=self.cpu)
+        rewrites = super().__call__(graph, ctx)
         if rewrites:
             pair_up(graph)
         return rewrites

@@ -8,14 +8,16 @@ rules in order. What fits becomes one operator, at the place of the last node, i
 (2) gradients pass everywhere, or nowhere behind;
 (3) no input is overwritten between its first reading and the last node;
 (4) no functorch transform and no tensor subclass is about;
-(5) what reads the result can read the operator's, which may lie in memory in another order.
+(5) what reads the result can read the operator's, which may lie in memory in another order;
+(6) it is no slower than what Inductor makes of the nodes, both with their gradients: timed on the
+    device at hand, and remembered. Where the options name a pass nothing is timed.
 
 What is found and is not replaced has a remark with the reason.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -23,6 +25,7 @@ from torch import fx
 from memopt._torch import is_traceable_wrapper_subclass
 from memopt.emit import emit, same_shape, traced
 from memopt.graph import source_line
+from memopt.kernels.measured import fastest
 from memopt.kernels.serving import serves
 from memopt.passes.heads import between, overwriter, stops_gradient
 from memopt.passes.patterns import (
@@ -38,9 +41,11 @@ from memopt.passes.steps import cast_of, name_of
 from memopt.passes.strides import reorder
 from memopt.pipeline import PassContext
 from memopt.remarks import RemarkKind
+from memopt.trials import Trial
 
 _STEPS = PRODUCTS | QUOTIENTS | ADDITIONS | SUBTRACTIONS
 _MOST_STEPS = 10
+_SLOWER = "Inductor's loops run faster here"
 _MODES = frozenset({"_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode"})
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -121,9 +126,6 @@ class Family:
     def fuse(self, graph: fx.Graph, ctx: PassContext, *, cpu: bool) -> int:
         """Replace what can be replaced, and remark what cannot.
 
-        Where the options name the pass: nothing has measured yet that its operators are no slower
-        than Inductor's loops.
-
         Args:
             graph: a Dynamo graph.
             ctx: where it speaks.
@@ -132,8 +134,6 @@ class Family:
         Returns:
             The number of operators that were put in.
         """
-        if self.pass_name not in ctx.config.passes:
-            return 0
         rewrites, erased, apart = 0, set[fx.Node](), _transformed(graph)
         for anchor in [n for n in graph.nodes if self.anchor(n)]:
             if anchor in erased or not served(anchor, cpu):
@@ -144,12 +144,13 @@ class Family:
                 if not reason:
                     reason = self._replace(graph, found, anchor, ctx, erased)
                 if not reason:
-                    rewrites += 1
+                    rewrites, first = rewrites + 1, ""
                     break
                 first = first or f"{found.rule.name}: {reason}"
-            else:
-                if first:
-                    self._remark(ctx, RemarkKind.MISSED, first, anchor)
+                if reason == _SLOWER:  # nor is a part of it to be tried
+                    break
+            if first:
+                self._remark(ctx, RemarkKind.MISSED, first, anchor)
         return rewrites
 
     def _matches(self, anchor: fx.Node) -> Iterator[Found]:
@@ -174,9 +175,13 @@ class Family:
         before = set(graph.nodes)
         with graph.inserting_before(found.last):
             written = found.rule.write(graph, found)
+        added = [n for n in graph.nodes if n not in before]
         misplaced = (_misplaced(old, new) for old, new in written.results.items())
-        if reason := next(filter(None, misplaced), ""):
-            for node in reversed([n for n in graph.nodes if n not in before]):
+        reason = next(filter(None, misplaced), "")
+        if not reason and self.pass_name not in ctx.config.passes:
+            reason = _slower(found, written, added)
+        if reason:
+            for node in reversed(added):
                 graph.erase_node(node)
             return reason
         said = f"{found.rule.name}: {written.said}"
@@ -192,6 +197,24 @@ class Family:
 
     def _remark(self, ctx: PassContext, kind: RemarkKind, text: str, node: fx.Node) -> None:
         ctx.remark(self.pass_name, kind, text, node.name, source_line(node))
+
+
+@dataclass(frozen=True)
+class FusePass:
+    """One family's rules as a pass.
+
+    Attributes:
+        cpu: whether to put operators in on the CPU as well.
+    """
+
+    family: ClassVar[Family]
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[str]] = frozenset()
+    establishes: ClassVar[frozenset[str]] = frozenset()
+    cpu: bool = False
+
+    def __call__(self, graph: fx.Graph, ctx: PassContext) -> int:
+        return self.family.fuse(graph, ctx, cpu=self.cpu)
 
 
 def _results(anchor: fx.Node, steps: frozenset[Any]) -> list[fx.Node]:
@@ -260,6 +283,19 @@ def _misplaced(old: fx.Node, new: fx.Node) -> str:
     """Why clause (5) does not hold, or ``""``."""
     before, after = traced(old), traced(new)
     return "" if same_shape(before.stride(), after.stride()) else reorder(old, after)
+
+
+def _slower(found: Found, written: Written, added: Sequence[fx.Node]) -> str:
+    """Why clause (6) does not hold, or ``""``."""
+    olds, news = list(written.results), list(written.results.values())
+    shared = found.match.inner | found.match.casts
+    operator = Trial.of(news, shared.union(added))
+    loops = Trial.of(olds, shared.union(olds))
+    seconds = {"operator": operator.seconds, "loops": loops.seconds}
+    question = found.rule.name, operator.question, loops.question
+    if fastest(question, seconds, traced(found.last).device) == "operator":
+        return ""
+    return _SLOWER
 
 
 def changes_mode(first: fx.Node, last: fx.Node) -> bool:

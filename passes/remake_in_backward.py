@@ -15,17 +15,17 @@ the backward's own kernel is memopt's.
 """
 
 import operator
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from torch import fx
 
 from memopt._torch import pytree, stable_topological_sort
-from memopt.graph import is_view, source_line
+from memopt.graph import backward_nodes, source_line
 from memopt.kernels.gated import GATED, GATED_BACKWARD
 from memopt.kernels.gated_packed import GATED_PACKED, GATED_PACKED_BACKWARD
 from memopt.kernels.norm import NORM, NORM_BACKWARD
+from memopt.passes.joint_nodes import late_reads, same_view
 from memopt.pipeline import PassContext
 from memopt.remarks import RemarkKind
 
@@ -63,7 +63,7 @@ class RemakeInBackward:
     establishes: ClassVar[frozenset[str]] = frozenset()
 
     def __call__(self, graph: fx.Graph, ctx: PassContext) -> int:
-        late = _backward_nodes(graph)
+        late = backward_nodes(graph)
         rewrites = 0
         for rule in TABLE:
             for node in graph.find_nodes(op="call_function", target=rule.forward):
@@ -79,7 +79,7 @@ class RemakeInBackward:
         twin = _twin(graph, node, rule)
         if own is None or twin is None:
             return 0
-        reads = [*_late_reads(own, late)]
+        reads = [*late_reads(own, late)]
         if not reads:
             return 0
         if early := {reader for _, reader in reads} & _ancestors(twin):
@@ -88,20 +88,10 @@ class RemakeInBackward:
             return 0
         copies = {own: _made_again(graph, twin)}
         for source, reader in reads:
-            reader.replace_input_with(source, _copy(graph, source, copies))
+            reader.replace_input_with(source, same_view(graph, source, copies))
         text = f"its result is not held for the backward: {twin.name} makes it once more"
         ctx.remark(self.name, RemarkKind.APPLIED, text, node.name, source_line(node))
         return 1
-
-
-def _backward_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """What depends on an incoming gradient."""
-    late: set[fx.Node] = set()
-    for node in graph.nodes:
-        tangent = node.op == "placeholder" and "tangents" in str(node.target)
-        if tangent or (node.op != "output" and not late.isdisjoint(node.all_input_nodes)):
-            late.add(node)
-    return late
 
 
 def _result(node: fx.Node, number: int) -> fx.Node | None:
@@ -116,15 +106,6 @@ def _twin(graph: fx.Graph, node: fx.Node, rule: Remake) -> fx.Node | None:
     calls = graph.find_nodes(op="call_function", target=rule.backward)
     found = [n for n in calls if mark is not None and n.args[rule.known_by] is mark]
     return found[0] if len(found) == 1 else None
-
-
-def _late_reads(own: fx.Node, late: set[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Where the backward reads a value or a view of it: which of them, and the reader."""
-    for user in own.users:
-        if user in late:
-            yield own, user
-        elif user.op == "call_function" and is_view(user):
-            yield from _late_reads(user, late)
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:
@@ -151,16 +132,3 @@ def _made_again(graph: fx.Graph, twin: fx.Node) -> fx.Node:
     for part in twin.users:
         part.meta["val"] = twin.meta["val"][part.args[1]]
     return made
-
-
-def _copy(graph: fx.Graph, source: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
-    """The same view of the result that is made again."""
-    if source not in copies:
-        base = _copy(graph, source.all_input_nodes[0], copies)
-        (output,) = graph.find_nodes(op="output")
-        with graph.inserting_before(output):
-            copies[source] = graph.node_copy(source, lambda n: copies.get(n, n))
-        seen = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], copies[source].args)
-        copies[source].meta["val"] = source.target(*seen)  # type: ignore[operator]
-        assert base in copies[source].all_input_nodes
-    return copies[source]

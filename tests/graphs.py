@@ -48,6 +48,12 @@ RANDOM: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+MASKED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "where": lambda x, y: torch.where(x > 0.1, x, y),
+    "dropout": RANDOM["dropout"],
+}
+
+
 @dataclass(frozen=True)
 class Program:
     """Operator by operator: each reads two earlier values, the last ones are returned.
@@ -76,7 +82,7 @@ class Program:
     def __call__(self, *matrices: Tensor) -> tuple[Tensor, ...]:
         values = list(matrices)
         for (name, left, right), live in zip(self.steps, self.live, strict=True):
-            operator = OPERATORS.get(name) or RANDOM[name]
+            operator = (OPERATORS | RANDOM | MASKED)[name]
             values.append(operator(values[left], values[right]) if live else values[0])
         last = values[-self.outputs :]
         return (torch.stack([(v * v).sum() for v in last]).sum(),) if self.is_loss else tuple(last)

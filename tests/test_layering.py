@@ -16,9 +16,9 @@ LAYERS: tuple[str, ...] = (
     "lazy_stamps row_ir",
     "_versions budget device graph plan ledger fusion emit lazy_rows storage_meter row_body",
     "config joint record kernels lazy_rules row_nodes row_rules row_tiling",
-    "schedule page mincut workspace lives lazy_logits losses row_reader row_kernel",
-    "report liveness pipeline cost replay row_select row_source",
-    "returned row_lowering",
+    "schedule page mincut workspace trials lives lazy_logits losses row_reader row_kernel",
+    "report liveness transfers pipeline cost replay row_select row_source",
+    "returned row_lowering forms",
     "passes problem",
     "regions chunking",
     "solve",
@@ -28,9 +28,9 @@ LAYERS: tuple[str, ...] = (
     "proofs",
     "lowering diagnosis",
     "backend",
-    "explaining",
-    "api",
-    "__init__",
+    "explaining planning",
+    "api cli",
+    "__init__ __main__",
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 OUTSIDE = {"bench", "tests", "passes", "kernels"}

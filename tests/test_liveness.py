@@ -37,7 +37,11 @@ def simulate(schedule: Schedule) -> Iterator[int]:
     yield from run(joint, schedule.forward, [], returned, held=[])
     arguments = [*schedule.saved, *joint.tangents]
     yield from run(
-        joint, schedule.backward, arguments, joint.backward_outputs, held=joint.forward_outputs
+        schedule.behind,
+        schedule.backward,
+        arguments,
+        joint.backward_outputs,
+        held=joint.forward_outputs,
     )
 
 

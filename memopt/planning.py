@@ -1,0 +1,150 @@
+"""``memopt.plan_for`` and ``memopt.advise``: plans for a device that is not here.
+
+The model is made and traced on fake tensors, so neither its weights nor its activations take
+memory. The passes and the planner are those of a compilation; nothing is compiled.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from memopt import diagnosis
+from memopt._torch import BackendCompilerFailed, FakeTensorMode
+from memopt.backend import read_options
+from memopt.config import Config
+from memopt.errors import BudgetInfeasibleError, ConfigError
+from memopt.lowering import interpret_planned
+from memopt.passes import PRE_GRAD
+from memopt.pipeline import Compiled, PassContext, Pipeline
+from memopt.proofs import Proof
+from memopt.record import GraphRecord
+from memopt.report import Report
+from memopt.splitting import Splitter
+
+Make = Callable[..., tuple[Callable[..., Any], Mapping[str, Any]]]
+
+
+def plan_for(
+    make: Make,
+    *,
+    device: str,
+    options: Mapping[str, object] | None = None,
+    mode: str | None = None,
+) -> Report:
+    """What memopt would do to a model on a device, with memory for neither.
+
+    Peaks, seconds and decisions are the planner's model; nothing certifies them.
+
+    Args:
+        make: makes the model, and its keyword inputs. It is called on fake tensors: what it
+            allocates takes no memory, and may not be read.
+        device: a name in the device table, such as ``"h100"``.
+        options: as for ``torch.compile(backend="memopt", options=...)``.
+        mode: as for ``torch.compile``.
+
+    Raises:
+        ConfigError: an option is unknown or impossible, or no such device is known.
+        BudgetInfeasibleError: no plan fits.
+    """
+    config = read_options({**(options or {}), "device": device}, mode=mode)
+    records: list[GraphRecord] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        compiled, record = _planned(gm, inputs, config)
+        records.append(dataclasses.replace(record, id=f"graph {len(records)}"))
+        return compiled
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model, inputs = make()
+        forward = model.forward if isinstance(model, nn.Module) else model
+        try:
+            torch.compile(forward, backend=backend, dynamic=False)(**inputs)
+        except BackendCompilerFailed as error:
+            if error.inner_exception is not None:
+                raise error.inner_exception from None
+            raise
+    return Report(tuple(records))
+
+
+def _planned(
+    gm: fx.GraphModule, inputs: Sequence[Any], config: Config
+) -> tuple[Compiled, GraphRecord]:
+    """One graph, planned as if Inductor were to compile it."""
+    ctx = PassContext(config)
+    Pipeline("pre_grad", PRE_GRAD).run(gm, ctx)
+    split = Splitter(config, ctx)
+    compiled = interpret_planned(gm, inputs, split)
+    proof = Proof.of(split, None)
+    diagnosis.require_fit(split, proof)
+    return compiled, diagnosis.make_record(split, proof)
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """The largest size that fits.
+
+    Attributes:
+        size: of what was asked for; 0 where not even 1 fits.
+        report: the plan for it; None where there is none.
+    """
+
+    size: int
+    report: Report | None
+
+
+def advise(
+    make: Make,
+    *,
+    device: str,
+    options: Mapping[str, object] | None = None,
+    mode: str | None = None,
+    most: int = 2**20,
+    multiple: int = 1,
+    say: Callable[[str], None] = lambda line: None,
+) -> Advice:
+    """The largest batch, or sequence, that fits under a budget on a device.
+
+    Args:
+        make: as for `plan_for`, of one argument, the size.
+        device: as for `plan_for`.
+        options: as for `plan_for`; they must hold a ``memory_budget`` in bytes.
+        mode: as for `plan_for`.
+        most: sizes beyond are not tried.
+        multiple: sizes are multiples of it.
+        say: called with a line for every size that is tried.
+
+    Raises:
+        ConfigError: an option is unknown or impossible, or there is no budget in bytes.
+    """
+    config = read_options({**(options or {}), "device": device}, mode=mode)
+    if config.memory_budget.kind != "bytes":
+        raise ConfigError(
+            f"memory_budget is {config.memory_budget}: to advise takes a number of bytes, such "
+            f"as '70GiB'"
+        )
+
+    def fitting(count: int) -> Report | None:
+        size = count * multiple
+        try:
+            report = plan_for(lambda: make(size), device=device, options=options, mode=mode)
+        except BudgetInfeasibleError as error:
+            say(f"{size}: needs {error.floor_bytes} bytes at least")
+            return None
+        say(f"{size}: fits, with {report.predicted_peak_bytes} bytes")
+        return report
+
+    low, high, best = 0, 1, None
+    last = max(1, most // multiple)
+    while high <= last and (report := fitting(high)):
+        low, high, best = high, 2 * high, report
+    high = min(high, last + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if report := fitting(middle):
+            low, best = middle, report
+        else:
+            high = middle
+    return Advice(low * multiple, best)
