@@ -18,6 +18,7 @@ from memopt.passes.fuse_rotary import FuseRotary
 from memopt.passes.fuse_rows import FuseRows
 from memopt.passes.offload import Offload
 from memopt.passes.overwrite_hidden_states import MarkHiddenStates, OverwriteHiddenStates
+from memopt.passes.overwrite_rotary import OverwriteRotary
 from memopt.passes.pack_masks import PackMasks
 from memopt.passes.remake_in_backward import RemakeInBackward
 from memopt.passes.unshare_readers import UnshareReaders
@@ -43,5 +44,6 @@ POST_GRAD: tuple[Pass, ...] = (
     EarlyProducts(),
     OverwriteHiddenStates(),
     FuseRows(),
+    OverwriteRotary(),
 )
 FORMS: tuple[Form, ...] = (PackMasks(), Offload())

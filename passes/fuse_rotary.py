@@ -30,44 +30,30 @@ from memopt.passes.fusing import (
     as_wide,
     converts,
 )
-from memopt.passes.halves import EVEN, FIRST, ODD, SECOND, HalfOf, PartOf
+from memopt.passes.halves import (
+    CATS,
+    EVEN,
+    FIRST,
+    FLATTENS,
+    ODD,
+    SECOND,
+    STACKS,
+    HalfOf,
+    PartOf,
+    flattened,
+    joined,
+    side_by_side,
+)
 from memopt.passes.heads import loosely
 from memopt.passes.logits import RESHAPES
-from memopt.passes.patterns import (
-    Call,
-    Items,
-    Pattern,
-    Value,
-    Where,
-    call,
-)
+from memopt.passes.patterns import Pattern, Value, call
 from memopt.passes.rotary_pairs import pair_up
-from memopt.passes.row_losses import arguments
+from memopt.passes.rotary_tables import halved, once, order, rows
 from memopt.pipeline import PassContext
 
-_CATS = frozenset({torch.cat, torch.concat, torch.concatenate})
-_STACKS = frozenset({torch.stack})
-_FLATTENS = RESHAPES | {torch.flatten, "flatten", torch.reshape}
 _REALS = frozenset({torch.view_as_real})
 
-_ANY = Where(lambda value: True)
 _COS, _SIN = Value("cos"), Value("sin")
-_FLATTEN = "input start_dim end_dim"
-_DIMS: dict[str, Pattern] = {"start_dim": _ANY, "end_dim": _ANY}
-
-
-def _along_last(node: fx.Node) -> bool:
-    """Whether tensors are put together along the last dimension of the result."""
-    dim, rank = arguments(node, "tensors dim").get("dim", 0), len(shape_of(node))
-    return isinstance(dim, int) and dim % rank == rank - 1
-
-
-def _merges_last(node: fx.Node) -> bool:
-    """Whether the last two dimensions become one."""
-    before, after = shape_of(loosely(node.args[0])), shape_of(node)
-    if len(before) != len(after) + 1 or not all(isinstance(n, int) for n in before[-2:]):
-        return False
-    return same_shape(after, (*before[:-2], before[-2] * before[-1]))
 
 
 def _splits_last(node: fx.Node) -> bool:
@@ -87,26 +73,11 @@ def _complex(x: Pattern) -> Pattern:
     return call(frozenset({torch.view_as_complex}), "input", input=pairs)
 
 
-def _put_together(targets: frozenset[Any], *patterns: Pattern) -> Call:
-    return call(targets, "tensors dim", _along_last, tensors=Items(patterns), dim=_ANY)
-
-
-def _halves(first: Pattern, second: Pattern) -> Pattern:
-    """One behind the other."""
-    return _put_together(_CATS, first, second)
-
-
-def _pairs(first: Pattern, second: Pattern) -> Pattern:
-    """Entry by entry, side by side."""
-    together = _put_together(_STACKS, first, second)
-    return call(_FLATTENS, _FLATTEN, _merges_last, input=together, **_DIMS)
-
-
 def _turned(x: Pattern, *, interleaved: bool, back: bool = False) -> Pattern:
     """``x * cos + rotate(x) * sin``; ``back`` is the other way round."""
     kinds = (EVEN, ODD) if interleaved else (FIRST, SECOND)
     a, b = (HalfOf(x, kind) for kind in kinds)
-    join = _pairs if interleaved else _halves
+    join = side_by_side if interleaved else joined
     rotated = join(b, negated(a)) if back else join(negated(b), a)
     return Sum(Product((x, _COS)), Product((rotated, _SIN)))
 
@@ -118,20 +89,6 @@ def _by_halves(
     a, b = (HalfOf(x, kind) for kind in kinds)
     first = difference(Product((a, _COS)), Product((b, _SIN)))
     return join(first, Sum(Product((b, _COS)), Product((a, _SIN))))
-
-
-def _order(x: fx.Node, table: fx.Node) -> str:
-    """Which comes first in ``x``, heads or positions, by what a table is broadcast over."""
-    shape, own = shape_of(x), shape_of(table)
-    if len(shape) not in (3, 4) or not 1 < len(own) <= len(shape):
-        return ""
-    batch, one, two, _ = (1,) * (4 - len(shape)) + shape
-    rows, by_one, by_two, _ = (1,) * (4 - len(own)) + own
-    if not any(same_shape((rows,), (size,)) for size in (1, batch)):
-        return ""
-    if same_shape((by_one, by_two), (1, two)):
-        return "heads"
-    return "positions" if same_shape((by_one, by_two), (one, 1)) else ""
 
 
 def _tables(found: Found) -> tuple[fx.Node, fx.Node]:
@@ -155,7 +112,7 @@ def _guard(found: Found) -> str:
     width, taken, rest = _width(found), found["taken"], found["rest"]
     if taken is not None and (taken != range(width) or rest != range(width, size)):
         return "what is turned is not the beginning of a head, with the rest behind it"
-    if not same_shape(shape_of(cos), shape_of(sin)) or not _order(x, cos):
+    if not same_shape(shape_of(cos), shape_of(sin)) or not order(x, cos):
         return (
             f"tables of {_sizes(cos)} and {_sizes(sin)} are not one row for each position of "
             f"{_sizes(x)}"
@@ -172,17 +129,32 @@ def _sizes(node: fx.Node) -> str:
 
 
 def _write(
-    graph: fx.Graph, found: Found, *, interleaved: bool = False, back: bool = False
+    graph: fx.Graph,
+    found: Found,
+    *,
+    interleaved: bool = False,
+    back: bool = False,
+    apart: bool = False,
 ) -> Written:
-    """The operator for one tensor, and no keys beside it."""
-    last, x = found.last, found["x"]
-    tables = _tables(found)
-    first = _order(x, tables[0])
+    """The operator for one tensor, and no keys beside it.
+
+    Args:
+        graph: the graph.
+        found: what it stands for.
+        interleaved: whether the entries of a pair lie side by side.
+        back: whether it turns the other way round.
+        apart: whether pairs lie side by side before, and half a head apart behind.
+    """
+    last, x, width = found.last, found["x"], _width(found)
+    tables = whole = _tables(found)
+    first = order(x, whole[0])
+    if found["angles"] is None and shape_of(whole[0])[-1] == width:
+        tables = halved(graph, whole, interleaved=interleaved, like=last)
 
     def call(target: Any, *args: Any) -> fx.Node:
-        return _once(graph, target, args, last)
+        return once(graph, target, args, like=last)
 
-    cos, sin = (call(operator.getitem, t, _rows(t, first)) for t in tables)
+    cos, sin = (call(operator.getitem, t, rows(t, first)) for t in tables)
     if found["angles"] is not None:
         both = call(torch.view_as_real, cos)
         cos, sin = (call(operator.getitem, both, (Ellipsis, place)) for place in (0, 1))
@@ -191,36 +163,18 @@ def _write(
     heads, flat = as_wide(found, x), len(shape_of(x)) == 3
     heads = call("unsqueeze", heads, 0) if flat else heads
     heads = call("transpose", heads, 1, 2) if first == "positions" else heads
+    if apart:
+        pairs = call("unflatten", heads, -1, (width // 2, 2))
+        heads = call("flatten", call("transpose", pairs, -1, -2), -2)
     nothing = call(operator.getitem, heads, (slice(None), slice(0, 0)))
-    args = heads, nothing, cos, sin, _width(found), interleaved, False
+    args = heads, nothing, cos, sin, width, interleaved, False
     result = emit(graph, operator.getitem, (emit(graph, ROTARY, args, like=last), 0), like=last)
     if first == "positions":
         result = emit(graph, "transpose", (result, 1, 2), like=last)
     if flat:
         result = emit(graph, "squeeze", (result, 0), like=last)
-    return Written("one operator", {last: as_result(found, result)})
-
-
-def _rows(table: fx.Node, first: str) -> tuple[Any, ...]:
-    """The index that makes `(1 or B, S, W)` of a table."""
-    everything = slice(None)
-    by_rank = {
-        ("heads", 4): (everything, 0),
-        ("heads", 3): (everything,),
-        ("heads", 2): (None,),
-        ("positions", 4): (everything, everything, 0),
-        ("positions", 3): (None, everything, 0),
-    }
-    return by_rank[first, len(shape_of(table))]
-
-
-def _once(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
-    """A call that may stand in the graph already, before another node."""
-    node: fx.Node = args[0]
-    for user in node.users:
-        if user.target == target and user.args == args and not user.kwargs and user < like:
-            return user
-    return emit(graph, target, args, like=like)
+    said = "one operator" if tables is whole else "one operator, with each angle once"
+    return Written(said, {last: as_result(found, result)})
 
 
 def _rules() -> Iterator[Rule]:
@@ -230,7 +184,7 @@ def _rules() -> Iterator[Rule]:
 
         def rule(name: str, pattern: Pattern, why: str, form: str = form, **options: bool) -> Rule:
             if form:
-                pattern = _halves(pattern, PartOf(whole, "rest"))
+                pattern = joined(pattern, PartOf(whole, "rest"))
             return Rule(
                 f"{name}{form}",
                 pattern,
@@ -243,20 +197,20 @@ def _rules() -> Iterator[Rule]:
         yield rule("rotary of pairs", _turned(x, interleaved=True), "GPT-J, GLM", interleaved=True)
         turned_back = _turned(x, interleaved=False, back=True)
         yield rule("rotary the other way round", turned_back, "nanochat", back=True)
-        yield rule("rotary by halves", _by_halves(x, (FIRST, SECOND), _halves), "GPT-OSS")
-        by_pairs = _by_halves(x, (EVEN, ODD), _pairs)
+        yield rule("rotary by halves", _by_halves(x, (FIRST, SECOND), joined), "GPT-OSS")
+        by_pairs = _by_halves(x, (EVEN, ODD), side_by_side)
         yield rule("rotary of pairs by halves", by_pairs, "RoFormer", interleaved=True)
     yield Rule(
         "rotary of pairs that come apart",
-        _by_halves(whole, (EVEN, ODD), _halves),
-        "pairs lie side by side before, and half a head apart behind",
+        _by_halves(whole, (EVEN, ODD), joined),
+        "DeepSeek-V3: one copy takes them apart",
+        _guard,
+        lambda graph, found: _write(graph, found, apart=True),
     )
     product = Product((_complex(whole), Value("angles", _is_complex)))
     yield Rule(
         "rotary of complex numbers",
-        call(
-            _FLATTENS, _FLATTEN, _merges_last, input=call(_REALS, "input", input=product), **_DIMS
-        ),
+        flattened(call(_REALS, "input", input=product)),
         "Meta's Llama, torchtitan",
         _guard,
         lambda graph, found: _write(graph, found, interleaved=True),
@@ -271,8 +225,8 @@ def _rules() -> Iterator[Rule]:
 _FAMILY = Family(
     "fuse_rotary",
     tuple(_rules()),
-    lambda node: node.target in _CATS | _STACKS | _REALS,
-    steps=_CATS | _FLATTENS,
+    lambda node: node.target in CATS | STACKS | _REALS,
+    steps=CATS | FLATTENS,
 )
 
 

@@ -1,4 +1,8 @@
-"""Parts of the last dimension of a tensor: slices, chunks, and every other entry."""
+"""Parts of the last dimension of a tensor, and what puts them together again.
+
+Parts are slices, chunks, and every other entry; they are put one behind the other, or entry by
+entry side by side.
+"""
 
 import operator
 from collections.abc import Iterator, Sequence
@@ -11,8 +15,12 @@ from torch import fx
 from memopt.emit import same_shape, shape_of, traced
 from memopt.passes.heads import loosely
 from memopt.passes.logits import RESHAPES
-from memopt.passes.patterns import Match, Pattern, is_tensor
+from memopt.passes.patterns import Call, Items, Match, Pattern, Where, call, is_tensor
+from memopt.passes.row_losses import arguments
 
+CATS = frozenset({torch.cat, torch.concat, torch.concatenate})
+STACKS = frozenset({torch.stack})
+FLATTENS = RESHAPES | {torch.flatten, "flatten", torch.reshape}
 FIRST, SECOND, EVEN, ODD = "first", "second", "even", "odd"
 _SPLITS = frozenset(
     {torch.chunk, "chunk", torch.split, "split", torch.tensor_split, "tensor_split"}
@@ -20,6 +28,43 @@ _SPLITS = frozenset(
 )
 _UNBINDS = frozenset({torch.unbind, "unbind"})
 _UNFLATTENS = RESHAPES | {torch.reshape, torch.unflatten, "unflatten"}
+
+
+_ANY = Where(lambda value: True)
+
+
+def joined(first: Pattern, second: Pattern) -> Pattern:
+    """One part behind the other."""
+    return _put_together(CATS, first, second)
+
+
+def side_by_side(first: Pattern, second: Pattern) -> Pattern:
+    """Two parts entry by entry, as pairs of neighbours."""
+    return flattened(_put_together(STACKS, first, second))
+
+
+def flattened(pairs: Pattern) -> Pattern:
+    """The last two dimensions as one."""
+    dims = {"start_dim": _ANY, "end_dim": _ANY}
+    return call(FLATTENS, "input start_dim end_dim", _merges_last, input=pairs, **dims)
+
+
+def _put_together(targets: frozenset[Any], *patterns: Pattern) -> Call:
+    return call(targets, "tensors dim", _along_last, tensors=Items(patterns), dim=_ANY)
+
+
+def _along_last(node: fx.Node) -> bool:
+    """Whether tensors are put together along the last dimension of the result."""
+    dim, rank = arguments(node, "tensors dim").get("dim", 0), len(shape_of(node))
+    return isinstance(dim, int) and dim % rank == rank - 1
+
+
+def _merges_last(node: fx.Node) -> bool:
+    """Whether the last two dimensions become one."""
+    before, after = shape_of(loosely(node.args[0])), shape_of(node)
+    if len(before) != len(after) + 1 or not all(isinstance(n, int) for n in before[-2:]):
+        return False
+    return same_shape(after, (*before[:-2], before[-2] * before[-1]))
 
 
 class Part(NamedTuple):

@@ -86,14 +86,14 @@ def _obstacle(node: fx.Node) -> str:
     if len(base.users) > 1:
         others = [n.name for n in base.users if n is not node]
         return f"the hidden states are also read by {others[0]}"  # (2)
-    if not _is_arithmetic(base):
+    if not is_arithmetic(base):
         return f"the hidden states are an input or a copy: {base.name}"  # (3)
     if size_expr(base.meta["val"].untyped_storage().nbytes()) != size_expr(nbytes):
         return "the hidden states are a part of a larger tensor"  # (1)
     return ""
 
 
-def _is_arithmetic(node: fx.Node) -> bool:
+def is_arithmetic(node: fx.Node) -> bool:
     """Whether the node's result is sure to be a new storage in whatever lowering."""
     if node.target is operator.getitem:
         source, place = node.args

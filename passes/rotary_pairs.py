@@ -12,6 +12,7 @@ from memopt.passes.fusing import changes_mode
 from memopt.passes.heads import loosely, overwriter
 
 _VIEWS = frozenset({"view", "transpose", "unsqueeze", operator.getitem})
+_VIEWS |= {"unflatten", "flatten"}  # the copy that takes pairs apart
 _PURE = frozenset(
     {operator.getitem, operator.neg, "unsqueeze", "repeat_interleave", torch.repeat_interleave}
     | {"to", "float", torch.view_as_real, torch.complex, "contiguous"}
@@ -47,7 +48,7 @@ def _merge(graph: fx.Graph, first: fx.Node, second: fx.Node) -> bool:
     readers = (reader for result in first.users for reader in result.users)
     if not early and any(reader < second for reader in readers):
         return False
-    read = [k if early else q, *loosely(second.args[2:4])]
+    read = [*((k, base) if early else (q,)), *loosely(second.args[2:4])]
     if changes_mode(first, second) or overwriter(read, first, second):
         return False
     for view in views if early else ():

@@ -17,63 +17,26 @@ from tests.passes.fusing import (
     assert_is_fused_at_any_length,
     assert_is_left,
 )
+from tests.passes.rotary_forms import (
+    BATCH,
+    HEADS,
+    PART,
+    SIZE,
+    Turn,
+    draw,
+    heads,
+    rotate_chunks,
+    rotate_half,
+    rotate_pairs,
+    rotate_unbound,
+    turned,
+    wide,
+)
 
 rotary = pytest.importorskip("memopt.kernels.rotary")
 
-Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
-BATCH, HEADS, LENGTH, SIZE, PART = 2, 3, 5, 8, 4
 is_fused = partial(assert_is_fused, pass_name="fuse_rotary")
 is_left = partial(assert_is_left, pass_name="fuse_rotary")
-
-
-def tables(size: int, interleaved: bool, dtype: torch.dtype) -> list[Tensor]:
-    """Cosines and sines `(BATCH, LENGTH, size)`, each angle twice."""
-    angles = torch.rand(BATCH, LENGTH, size // 2) * 6
-    angles = angles.repeat_interleave(2, -1) if interleaved else torch.cat([angles, angles], -1)
-    return [angles.cos().to(dtype), angles.sin().to(dtype)]
-
-
-def draw(
-    size: int = SIZE, interleaved: bool = False, dtype: torch.dtype = torch.float32
-) -> list[Tensor]:
-    """Queries and keys `(BATCH, LENGTH, HEADS * SIZE)`, as layers make them, and the tables."""
-    states = torch.randn(2, BATCH, LENGTH, HEADS * SIZE).to(dtype)
-    trained = [t.detach().requires_grad_() for t in states]
-    return [*trained, *tables(size, interleaved, dtype)]
-
-
-def heads(x: Tensor) -> Tensor:
-    return x.view(BATCH, -1, HEADS, SIZE).transpose(1, 2)
-
-
-def wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def rotate_half(x: Tensor) -> Tensor:
-    x1 = x[..., : x.shape[-1] // 2]
-    x2 = x[..., x.shape[-1] // 2 :]
-    return torch.cat((-x2, x1), dim=-1)
-
-
-def rotate_chunks(x: Tensor) -> Tensor:
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((-x2, x1), dim=-1)
-
-
-def rotate_pairs(x: Tensor) -> Tensor:
-    x1, x2 = x[..., ::2], x[..., 1::2]
-    return torch.stack((-x2, x1), dim=-1).flatten(-2)
-
-
-def rotate_unbound(x: Tensor) -> Tensor:
-    x1, x2 = x.view(*x.shape[:-1], -1, 2).unbind(dim=-1)
-    return torch.stack((-x2, x1), dim=-1).flatten(start_dim=-2)
-
-
-def turned(x: Tensor, cos: Tensor, sin: Tensor, rotate: Any = rotate_half) -> Tensor:
-    rotated: Tensor = rotate(x)
-    return (x * cos) + (rotated * sin)
 
 
 def in_float32(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -109,6 +72,12 @@ def by_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return pairs.flatten(-2)
 
 
+def come_apart(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x[..., ::2], x[..., 1::2]
+    cos, sin = cos[..., : SIZE // 2], sin[..., : SIZE // 2]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
 def other_way_round(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     return x * cos + torch.cat((x[..., half:], -x[..., :half]), dim=-1) * sin
@@ -133,6 +102,7 @@ SPELLINGS: dict[str, tuple[Turn, int, bool]] = {
     "pairs": (partial(turned, rotate=rotate_pairs), SIZE, True),
     "pairs, unbound": (partial(turned, rotate=rotate_unbound), SIZE, True),
     "pairs by halves": (by_pairs, SIZE, True),
+    "pairs come apart": (come_apart, SIZE, False),
     "complex numbers": (complex_numbers, SIZE, True),
     "a part in pairs": (partial(of_a_part, rotate=rotate_pairs), PART, True),
 }
@@ -249,12 +219,6 @@ def read_elsewhere(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + rotated * sin + rotated.tanh()
 
 
-def come_apart(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x[..., ::2], x[..., 1::2]
-    cos, sin = cos[..., ::2], sin[..., ::2]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
 def overwritten(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     own = x.detach() * 1
     rotated = rotate_half(own)
@@ -268,7 +232,6 @@ NEAR: dict[str, tuple[Turn, str]] = {
         lambda x, cos, sin: complex_numbers(x, cos, sin, reverse=True),
         "no spelling of a rotary embedding",
     ),
-    "pairs come apart": (come_apart, "half a head apart behind"),
     "overwritten": (overwritten, "overwrites an input"),
     "a table for each head": (
         lambda x, cos, sin: turned(x, cos.expand(-1, HEADS, -1, -1), sin.expand(-1, 3, -1, -1)),

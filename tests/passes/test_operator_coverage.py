@@ -21,6 +21,7 @@ WHOLE = {
     "cohere": (3, 2, 4),
     "qwen3": (9, 2, 4),
     "glm4": (9, 2, 4),
+    "deepseek_v3": (9, 3, 4),
     "gpt2": (5, 0, 0),
     "gpt_neox": (5, 0, 4),
 }
@@ -34,11 +35,11 @@ def test_every_operator_of_a_usual_family_is_matched(name: str) -> None:
 
 
 def test_what_is_not_matched_has_a_reason() -> None:
-    rotary = measure(BY_NAME["deepseek_v3"])["rotary"]
-    assert rotary.instances
-    assert not rotary.matched
-    assert rotary.told == rotary.instances
-    assert any("come apart" in reason for reason in rotary.declined)
+    gate = measure(BY_NAME["deepseek_v4"])["gate"]
+    assert gate.instances
+    assert not gate.matched
+    assert gate.told == gate.instances
+    assert any("is made in a loop" in reason for reason in gate.declined)
 
 
 def test_instances_are_counted_without_the_passes() -> None:
@@ -60,7 +61,7 @@ def test_the_page_tells_what_was_not_counted() -> None:
     assert "| llama | AttributeError" in text
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "glm4", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "glm4", "gpt_neox", "youtu"])
 def test_a_family_trains_as_eager_does(family: str) -> None:
     model, _ = BY_NAME[family].make()
     exact = copy.deepcopy(model).double()
