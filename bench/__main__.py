@@ -54,6 +54,12 @@ def _parser() -> argparse.ArgumentParser:
         "--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s"
     )
     command.add_argument(
+        "--launches",
+        type=int,
+        default=1,
+        help="processes of each peer that share the rounds; default: %(default)s",
+    )
+    command.add_argument(
         "--repeats", type=int, default=7, help="rounds of timing; default: %(default)s"
     )
     command.add_argument(
@@ -146,6 +152,7 @@ def _run(arguments: argparse.Namespace) -> int:
                     say=say,
                     peers=peers,
                     cold=not arguments.reuse_cache,
+                    launches=arguments.launches,
                 )
             ]
         save(arguments.out, head, rows)

@@ -67,6 +67,7 @@ def run_case(
     say: Say,
     peers: Sequence[str] | None = None,
     cold: bool = True,
+    launches: int = 1,
 ) -> Iterator[Row]:
     """Measure one case and yield one row per peer.
 
@@ -79,18 +80,30 @@ def run_case(
         peers: names of peers instead of the case's own.
         cold: whether each peer compiles with empty caches of its own; otherwise the user's
             caches are used, which is quicker, and first steps are not reported.
+        launches: how often every peer's process is started anew, to share the rounds: where a
+            process happens to have its memory is worth a few per cent of a step.
     """
     rows: dict[str, Row] = {}
+    jobs: dict[str, Job] = {}
     workers: dict[str, Worker] = {}
     with _closing(workers), tempfile.TemporaryDirectory() as folder:
         for peer in with_references(peers or case.peers):
             row = rows[peer.name] = Row(case=case, peer=peer.name, device=device)
             say(f"{case.name}: {peer.name} ...")
-            _prepare(row, peer, workers, rows, Path(folder), seed, cold)
+            _prepare(row, peer, jobs, workers, rows, Path(folder), seed, cold)
             say(f"{case.name}: {_one_line(row)}")
             if not cold:
                 row.first_step_seconds = None
-        _time(rows, workers, repeats, say)
+        timed = [name for name in workers if rows[name].step_seconds is not None]
+        cpu_seconds: dict[str, list[float]] = {name: [] for name in timed}
+        for launch in range(launches if timed else 0):
+            if launch:
+                _restart({name: jobs[name] for name in timed}, workers)
+            turns = range(launch, repeats, launches)
+            _time({name: rows[name] for name in timed}, cpu_seconds, workers, turns, say)
+        for name in timed if repeats else ():
+            rows[name].step_seconds = statistics.median(rows[name].step_seconds_rounds)
+            rows[name].cpu_seconds = statistics.median(cpu_seconds[name])
     yield from rows.values()
 
 
@@ -104,9 +117,19 @@ def _closing(workers: dict[str, Worker]) -> Iterator[None]:
             worker.close()
 
 
+def _restart(jobs: dict[str, Job], workers: dict[str, Worker]) -> None:
+    """End every process, and start another one that has compiled and warmed up again."""
+    for worker in workers.values():
+        worker.close()
+    for name, job in jobs.items():
+        workers[name] = Worker(job)
+        workers[name].call("prepare")
+
+
 def _prepare(
     row: Row,
     peer: Peer,
+    jobs: dict[str, Job],
     workers: dict[str, Worker],
     rows: dict[str, Row],
     folder: Path,
@@ -137,6 +160,7 @@ def _prepare(
         reference=folder / "gradients.pt",
         writes=peer.name == reference_peer,
     )
+    jobs[peer.name] = job
     worker = workers[peer.name] = Worker(job)
     try:
         prepared: Prepared = worker.call("prepare")
@@ -150,14 +174,19 @@ def _prepare(
         row.first_step_seconds = None
 
 
-def _time(rows: dict[str, Row], workers: dict[str, Worker], repeats: int, say: Say) -> None:
-    """Fill the rows' times: ``repeats`` rounds, each in an order of its own.
+def _time(
+    rows: dict[str, Row],
+    cpu_seconds: dict[str, list[float]],
+    workers: dict[str, Worker],
+    turns: range,
+    say: Say,
+) -> None:
+    """Add the times of some rounds, each in an order of its own.
 
     A peer is not always timed after the same other, which may leave caches and clocks worse off.
     """
-    names = [name for name in workers if rows[name].step_seconds is not None]
-    cpu_seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(repeats if names else 0):
+    names = list(rows)
+    for turn in turns:
         for name in random.Random(turn).sample(names, len(names)):
             row = rows[name]
             assert row.step_seconds is not None
@@ -165,10 +194,7 @@ def _time(rows: dict[str, Row], workers: dict[str, Worker], repeats: int, say: S
             seconds = workers[name].call("time", steps)
             row.step_seconds_rounds.append(statistics.median(wall for wall, _ in seconds))
             cpu_seconds[name].append(statistics.median(cpu for _, cpu in seconds))
-        say(f"{rows[names[0]].case.name}: round {turn + 1} of {repeats} done")
-    for name in names if repeats else ():
-        rows[name].step_seconds = statistics.median(rows[name].step_seconds_rounds)
-        rows[name].cpu_seconds = statistics.median(cpu_seconds[name])
+        say(f"{rows[names[0]].case.name}: round {turn + 1} done")
 
 
 def _one_line(row: Row) -> str:

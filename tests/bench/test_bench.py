@@ -198,6 +198,17 @@ def test_eager_peers_run_side_by_side() -> None:
     assert any("peak" in line for line in lines)
 
 
+def test_rounds_are_shared_by_processes_that_start_anew() -> None:
+    case = Case(name="t", model="lm8", size="tiny", peers=("eager", "eager+checkpoint"))
+    lines: list[str] = []
+    run = run_case(case, device="cpu", repeats=3, seed=0, say=lines.append, launches=2)
+    for row in run:
+        assert len(row.step_seconds_rounds) == 3
+        assert row.cpu_seconds
+    turns = [line.split()[2] for line in lines if line.endswith("done")]
+    assert turns == ["1", "3", "2"]
+
+
 def test_a_peer_that_fails_is_a_row_and_not_the_end() -> None:
     case = Case(name="t", model="in_place", size="tiny", peers=("eager", "eager+checkpoint"))
     eager, checkpointed = run_case(case, device="cpu", repeats=1, seed=0, say=lambda line: None)
