@@ -63,7 +63,8 @@ class Problem:
         seconds = [self.cost.seconds(node) for node in self.joint.nodes]
         if self.cost.fused:
             joint = self.joint
-            for s in read_by_library_calls(joint, range(len(joint))):
+            offered = {i for encoding in joint.encodings for i in encoding.inner}
+            for s in read_by_library_calls(joint, set(range(len(joint))) - offered):
                 owner = joint.storages[s].owner
                 if joint.kind[owner] is OpKind.POINTWISE:
                     seconds[owner] += self.cost.traffic_seconds(joint.storages[s].nbytes)

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from bench.triton.trace import trace
-from memopt.kernels import cut_cross_entropy as cut
+from memopt.kernels import cut_sweeps
 from tests.kernels.cut_cases import FULL, Case
 from tests.references import assert_same_bits
 
@@ -28,7 +28,7 @@ def peaked(dtype: torch.dtype = torch.bfloat16) -> Case:
 
 
 def test_nothing_is_skipped_unless_that_is_asked_for() -> None:
-    assert inspect.signature(cut.run).parameters["skip_below"].default == 0.0
+    assert inspect.signature(cut_sweeps.run).parameters["skip_below"].default == 0.0
     case = Case.draw(**FULL)
     assert_same_bits(case.cut(), case.cut(skip_below=2.0**-126))
 
