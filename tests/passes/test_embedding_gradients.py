@@ -22,6 +22,7 @@ class Model(nn.Module):
     def __init__(self, *, tied: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.embedding = nn.Embedding(ROWS, WIDTH, padding_idx=3, dtype=dtype)
+        nn.init.normal_(self.embedding.weight, std=WIDTH**-0.5)  # so that losses are not nearly 0
         self.head = nn.Linear(WIDTH, ROWS, bias=False, dtype=dtype)
         if tied:
             self.head.weight = self.embedding.weight
