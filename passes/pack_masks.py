@@ -4,7 +4,8 @@ Under a budget the planner may hold every mask that the backward reads as it is,
 from what is held anyway, or hold its bits.
 
 Pays: seven eighths of a mask that is held, as of a dropout, whose mask may not be drawn again, or
-of a ReLU whose result nothing else holds. Exact.
+of a ReLU whose result nothing else holds. Does not: on the CPU, whose compiled loops take longer
+to pack an entry than to draw it. Exact.
 
 Source: a ReLU's mask of bits is Gist's: Jain et al. (2018), "Gist: efficient data encoding for
 deep neural network training", doi:10.1109/ISCA.2018.00070.
@@ -28,12 +29,14 @@ class PackMasks:
 
     Attributes:
         least: entries of a mask that is worth it.
+        cpu: whether to do so on the CPU as well, where packing takes tens of nanoseconds an entry.
     """
 
     name: ClassVar[str] = "pack_masks"
     kind: ClassVar[str] = "pack"
     default: ClassVar[bool] = True
     least: int = 4096
+    cpu: bool = False
 
     def fits(self, node: fx.Node) -> str | None:
         """As ``Form.fits``."""
@@ -41,6 +44,8 @@ class PackMasks:
         if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
             return None
         if is_view(node) and node.target is not operator.getitem:
+            return None
+        if value.device.type == "cpu" and not self.cpu:
             return None
         if not all(isinstance(n, int) for n in (*value.shape, *value.stride())):
             return "a mask whose size changes stays as it is"

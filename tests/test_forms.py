@@ -31,7 +31,7 @@ from tests.graphs import (
 )
 from tests.test_liveness import TANGENT_BYTES, measured_peak, simulate, unfused
 
-PACKED = {"pack_masks": {"least": 8}}
+PACKED = {"pack_masks": {"least": 8, "cpu": True}}
 AWAY = {"offload": {"simulate": True, "least": 8, "bandwidth": 1e9}}
 INSTANTLY = {"offload": {"simulate": True, "least": 8, "bandwidth": 1e30}}
 FORMS = [PACKED, AWAY, INSTANTLY, {**PACKED, **AWAY}]

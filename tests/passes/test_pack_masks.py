@@ -13,6 +13,7 @@ from memopt.passes.pack_masks import PackMasks
 from tests.graphs import assert_same, lowered, problem_of, seeded
 
 SIZE = 96
+ON: dict[str, Any] = {PackMasks.name: {"cpu": True}}
 Function = Callable[..., Any]
 
 
@@ -47,12 +48,12 @@ def square(rows: int = SIZE, width: int = SIZE) -> Tensor:
 def test_gradients_are_those_of_eager(function: Function, budget: float | str) -> None:
     arguments = [square(), square()]
     expected = seeded(function, arguments)
-    assert_same(seeded(lowered(function, memory_budget=budget), arguments), expected)
+    assert_same(seeded(lowered(function, memory_budget=budget, passes=ON), arguments), expected)
 
 
 @pytest.mark.parametrize("function", [dropout, chosen])
 def test_three_masks_are_offered_as_bits(function: Function) -> None:
-    problem = problem_of(function, square(), square(), memory_budget=0.5)
+    problem = problem_of(function, square(), square(), memory_budget=0.5, passes=ON)
     joint = problem.joint
     assert len(joint.encodings) == 3
     for encoding in joint.encodings:
@@ -61,7 +62,7 @@ def test_three_masks_are_offered_as_bits(function: Function) -> None:
         assert joint.storages[bits].nbytes == SIZE * SIZE // 8
 
 
-def floor(function: Function, *args: Tensor, **passes: bool) -> tuple[int, list[str]]:
+def floor(function: Function, *args: Tensor, passes: dict[str, Any]) -> tuple[int, list[str]]:
     """The lowest peak, and what is done to storages."""
     torch._dynamo.reset()
     options = {"lowering": "eager", "memory_budget": "min", "passes": passes}
@@ -70,15 +71,15 @@ def floor(function: Function, *args: Tensor, **passes: bool) -> tuple[int, list[
 
 
 def test_a_dropout_that_must_be_held_is_held_as_bits() -> None:
-    packed, kinds = floor(dropout, square(), square())
-    plain, others = floor(dropout, square(), square(), **{PackMasks.name: False})
+    packed, kinds = floor(dropout, square(), square(), passes=ON)
+    plain, others = floor(dropout, square(), square(), passes={})
     assert "pack" in kinds
     assert "pack" not in others
     assert packed <= plain - 7 * SIZE * SIZE // 8
 
 
 def test_without_a_budget_nothing_is_offered() -> None:
-    assert problem_of(dropout, square(), square()).joint.encodings == ()
+    assert problem_of(dropout, square(), square(), passes=ON).joint.encodings == ()
 
 
 @pytest.mark.parametrize("width", [96, 97, 99])
@@ -88,7 +89,7 @@ def test_any_number_of_entries(width: int) -> None:
 
     arguments = [square(71, width)]
     expected = seeded(function, arguments)
-    assert_same(seeded(lowered(function, memory_budget="min"), arguments), expected)
+    assert_same(seeded(lowered(function, memory_budget="min", passes=ON), arguments), expected)
 
 
 def test_masks_of_channels_last_images() -> None:
@@ -103,7 +104,7 @@ def test_masks_of_channels_last_images() -> None:
     x = torch.randn(2, 5, 27, 29, dtype=torch.float64).to(memory_format=torch.channels_last)
     x.requires_grad_()
     expected = seeded(function, [x])
-    compiled = lowered(function, memory_budget="min")
+    compiled = lowered(function, memory_budget="min", passes=ON)
     assert_same(seeded(compiled, [x]), expected)
     held = compiled.outcome.chosen.saved
     assert any(encoding.encoded in held for encoding in compiled.problem.joint.encodings)
@@ -111,7 +112,7 @@ def test_masks_of_channels_last_images() -> None:
 
 def test_a_size_that_changes_is_left_as_it_is_and_said() -> None:
     torch._dynamo.reset()
-    options: Any = {"lowering": "eager", "memory_budget": "min", "strict": True}
+    options: Any = {"lowering": "eager", "memory_budget": "min", "strict": True, "passes": ON}
     compiled = torch.compile(chosen, backend="memopt", dynamic=True, options=options)
     for rows in (70, 90):
         arguments = [square(rows), square()]
