@@ -158,7 +158,7 @@ def test_the_search_finds_the_lowest_peak_there_is(program: Program, fused: bool
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_no_plan_under_a_budget_is_much_faster_than_the_one_found(program: Program) -> None:
+def test_no_plan_under_a_budget_is_faster_than_the_one_found(program: Program) -> None:
     problem = Problem(offered(program).joint, CostModel(DEVICES["cpu"], fused=True))
     plans = every_plan(problem)
     lowest = min(plan.peak_bytes for plan in plans)
@@ -169,4 +169,4 @@ def test_no_plan_under_a_budget_is_much_faster_than_the_one_found(program: Progr
         best = min(plan.seconds for plan in plans if plan.peak_bytes <= budget)
         assert found is not None
         assert found.peak_bytes <= budget
-        assert found.seconds <= 1.2 * best
+        assert found.seconds <= best * (1 + 1e-9)

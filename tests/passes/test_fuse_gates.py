@@ -11,6 +11,7 @@ from torch import Tensor
 
 import bench  # noqa: F401  # before transformers; it says why
 import memopt
+from memopt.kernels import gated, gated_packed
 from memopt.remarks import RemarkKind
 from tests.passes.compiling import argument
 from tests.passes.fusing import (
@@ -19,9 +20,6 @@ from tests.passes.fusing import (
     assert_is_fused_at_any_length,
     assert_is_left,
 )
-
-gated = pytest.importorskip("memopt.kernels.gated")
-gated_packed = pytest.importorskip("memopt.kernels.gated_packed")
 
 Gate = Callable[[Tensor, Tensor], Tensor]
 WIDTH = 24

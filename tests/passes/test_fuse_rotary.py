@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import memopt
+from memopt.kernels import rotary
 from memopt.remarks import RemarkKind
 from tests.passes.compiling import argument
 from tests.passes.fusing import (
@@ -32,8 +33,6 @@ from tests.passes.rotary_forms import (
     turned,
     wide,
 )
-
-rotary = pytest.importorskip("memopt.kernels.rotary")
 
 is_fused = partial(assert_is_fused, pass_name="fuse_rotary")
 is_left = partial(assert_is_left, pass_name="fuse_rotary")

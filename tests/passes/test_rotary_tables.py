@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from memopt.kernels import rotary
 from memopt.remarks import RemarkKind
 from tests.passes.compiling import argument
 from tests.passes.fusing import assert_is_fused
@@ -21,8 +22,6 @@ from tests.passes.rotary_forms import (
     rotate_pairs,
     turned,
 )
-
-rotary = pytest.importorskip("memopt.kernels.rotary")
 
 Make = Callable[[Tensor], Sequence[Tensor]]
 is_fused = partial(assert_is_fused, pass_name="fuse_rotary")
