@@ -20,7 +20,7 @@ from memopt.emit import emit, same_shape, shape_of, traced
 from memopt.kernels.gated import GATED
 from memopt.kernels.gated_packed import GATED_PACKED
 from memopt.passes.arithmetic import Product, Sum, squared
-from memopt.passes.fusing import Family, Found, FusePass, Rule, Written, as_result, widens
+from memopt.passes.fusing import Family, FusePass
 from memopt.passes.halves import EVEN, FIRST, ODD, SECOND, part_of
 from memopt.passes.heads import loosely
 from memopt.passes.patterns import (
@@ -37,6 +37,7 @@ from memopt.passes.patterns import (
     Where,
     call,
 )
+from memopt.passes.rules import Found, Rule, Written, as_result, widens
 from memopt.passes.steps import cast_of, name_of
 
 _SILUS = frozenset({F.silu})

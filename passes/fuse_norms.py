@@ -19,18 +19,7 @@ from torch import fx
 
 from memopt.emit import emit, same_shape, shape_of, traced
 from memopt.kernels.norm import MOST_WIDTH, NORM
-from memopt.passes.fusing import (
-    Family,
-    Found,
-    FusePass,
-    Rule,
-    Written,
-    as_result,
-    as_wide,
-    changes_mode,
-    converts,
-    widens,
-)
+from memopt.passes.fusing import Family, FusePass
 from memopt.passes.heads import overwriter
 from memopt.passes.norm_spellings import (
     FUNCTIONS,
@@ -43,6 +32,16 @@ from memopt.passes.norm_spellings import (
 )
 from memopt.passes.patterns import ADDITIONS, Pattern
 from memopt.passes.row_losses import arguments
+from memopt.passes.rules import (
+    Found,
+    Rule,
+    Written,
+    as_result,
+    as_wide,
+    changes_mode,
+    converts,
+    widens,
+)
 
 
 def _guard(found: Found) -> str:

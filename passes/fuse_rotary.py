@@ -20,16 +20,7 @@ from torch import fx
 from memopt.emit import emit, same_shape, shape_of, traced
 from memopt.kernels.rotary import ROTARY
 from memopt.passes.arithmetic import Product, Sum, difference, negated
-from memopt.passes.fusing import (
-    Family,
-    Found,
-    FusePass,
-    Rule,
-    Written,
-    as_result,
-    as_wide,
-    converts,
-)
+from memopt.passes.fusing import Family, FusePass
 from memopt.passes.halves import (
     CATS,
     EVEN,
@@ -49,6 +40,7 @@ from memopt.passes.logits import RESHAPES
 from memopt.passes.patterns import Pattern, Value, call
 from memopt.passes.rotary_pairs import pair_up
 from memopt.passes.rotary_tables import halved, once, order, rows
+from memopt.passes.rules import Found, Rule, Written, as_result, as_wide, converts
 from memopt.pipeline import PassContext
 
 _REALS = frozenset({torch.view_as_real})

@@ -15,28 +15,28 @@ rules in order. What fits becomes one operator, at the place of the last node, i
 What is found and is not replaced has a remark with the reason.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from memopt._torch import is_traceable_wrapper_subclass
-from memopt.emit import emit, same_shape, traced
+from memopt.emit import same_shape, traced
 from memopt.graph import source_line
 from memopt.kernels.measured import fastest
 from memopt.kernels.serving import serves
-from memopt.passes.heads import between, overwriter, stops_gradient
+from memopt.passes.heads import overwriter, stops_gradient
 from memopt.passes.patterns import (
     ADDITIONS,
     PRODUCTS,
     QUOTIENTS,
     SUBTRACTIONS,
     Match,
-    Pattern,
     is_tensor,
 )
+from memopt.passes.rules import Found, Rule, Written
 from memopt.passes.steps import cast_of, name_of
 from memopt.passes.strides import reorder
 from memopt.pipeline import PassContext
@@ -46,65 +46,7 @@ from memopt.trials import Trial
 _STEPS = PRODUCTS | QUOTIENTS | ADDITIONS | SUBTRACTIONS
 _MOST_STEPS = 10
 _SLOWER = "Inductor's loops run faster here"
-_MODES = frozenset({"_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode"})
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Found:
-    """One rule's match in a graph.
-
-    Attributes:
-        rule: the rule.
-        match: what its names stand for.
-        last: the node whose value it is.
-    """
-
-    rule: "Rule"
-    match: Match
-    last: fx.Node
-
-    def __getitem__(self, name: str) -> Any:
-        """What a name stands for; None where the spelling leaves it out."""
-        return self.match.bound.get(name)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the result."""
-        dtype: torch.dtype = traced(self.last).dtype
-        return dtype
-
-
-@dataclass(frozen=True)
-class Written:
-    """An operator that is in the graph and that nobody reads yet.
-
-    Attributes:
-        said: what it is, in a few words.
-        results: what takes the place of which node.
-    """
-
-    said: str
-    results: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One spelling of an operator, or one that looks like it and is another.
-
-    Attributes:
-        name: of the spelling.
-        pattern: what it looks like.
-        why: who writes it so; or, without a replacement, why it is not the operator.
-        guard: why a match is to be left alone, or ``""``.
-        write: puts the operator into the graph; None where there is none to put.
-    """
-
-    name: str
-    pattern: Pattern
-    why: str
-    guard: Callable[[Found], str] | None = None
-    write: Callable[[fx.Graph, Found], Written] | None = None
 
 
 @dataclass(frozen=True)
@@ -296,37 +238,3 @@ def _slower(found: Found, written: Written, added: Sequence[fx.Node]) -> str:
     if fastest(question, seconds, traced(found.last).device) == "operator":
         return ""
     return _SLOWER
-
-
-def changes_mode(first: fx.Node, last: fx.Node) -> bool:
-    """Whether recording gradients is switched on or off between two nodes."""
-    return any(name_of(node) in _MODES for node in between(first, last))
-
-
-def as_result(found: Found, value: fx.Node) -> fx.Node:
-    """An operator's result in the dtype of what it replaces."""
-    if traced(value).dtype == found.dtype:
-        return value
-    return emit(found.last.graph, "to", (value, found.dtype), like=found.last)
-
-
-def as_wide(found: Found, node: fx.Node) -> fx.Node:
-    """An input in the dtype of a match's result, if that is wider; else the input."""
-    if not widens(found, node):
-        return node
-    for cast in found.match.casts:
-        if cast_of(cast) is node and traced(cast).dtype == found.dtype:
-            return cast
-    return emit(found.last.graph, "to", (node, found.dtype), like=found.last)
-
-
-def widens(found: Found, node: fx.Node) -> bool:
-    """Whether a match's result has a wider dtype than an input."""
-    before = traced(node).dtype
-    return before != found.dtype and torch.promote_types(before, found.dtype) == found.dtype
-
-
-def converts(found: Found, node: fx.Node) -> bool:
-    """Whether neither of an input's dtype and the result's holds the other."""
-    both = torch.promote_types(traced(node).dtype, found.dtype)
-    return both not in (traced(node).dtype, found.dtype)

@@ -13,7 +13,6 @@ from torch import fx
 
 from memopt.emit import shape_of
 from memopt.passes.arithmetic import Inverse, Product, Sum, difference, quotient, squared
-from memopt.passes.fusing import Rule
 from memopt.passes.heads import loosely
 from memopt.passes.patterns import (
     POWERS,
@@ -28,6 +27,7 @@ from memopt.passes.patterns import (
     call,
 )
 from memopt.passes.row_losses import arguments
+from memopt.passes.rules import Rule
 
 _ROOTS = frozenset({torch.sqrt, "sqrt"})
 _INVERSE_ROOTS = frozenset({torch.rsqrt, "rsqrt"})

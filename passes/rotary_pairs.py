@@ -8,8 +8,8 @@ from torch import fx
 
 from memopt.emit import emit, same_shape, traced
 from memopt.kernels.rotary import ROTARY
-from memopt.passes.fusing import changes_mode
 from memopt.passes.heads import loosely, overwriter
+from memopt.passes.rules import changes_mode
 
 _VIEWS = frozenset({"view", "transpose", "unsqueeze", operator.getitem})
 _VIEWS |= {"unflatten", "flatten"}  # the copy that takes pairs apart
