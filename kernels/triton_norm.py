@@ -22,8 +22,7 @@ from memopt.kernels.triton_tiles import read, write
 
 # Entries that a program holds at a time, and those of a thread: 128 bits of bfloat16. Of the
 # backward it is bytes, two times 128 bits a thread, so that one program for each processor keeps
-# memory busy: each writes a row of sums. Of float32 a program holds half the rows, adds up twice
-# as often, and needs another one beside it to be as exact as torch.
+# memory busy: each writes a row of sums.
 _FORWARD_TILE, _FORWARD_PER_THREAD = 2048, 8
 _BACKWARD_BYTES, _BACKWARD_BYTES_PER_THREAD = 2**14, 32
 
@@ -37,6 +36,16 @@ def _parameters(ptr, columns, width, offset, ROWS: tl.constexpr, BLOCK: tl.const
     """
     place = tl.broadcast_to(columns, (ROWS, BLOCK))
     return tl.load(ptr + place, mask=place < width, other=0.0).to(tl.float32) + offset
+
+
+@triton.jit
+def _add(total, lost, part, COMPENSATED: tl.constexpr):
+    """A running sum with one part more, and what rounding took from it (Kahan, 1965)."""
+    if not COMPENSATED:
+        return total + part, lost
+    part -= lost
+    longer = total + part
+    return longer, (longer - total) - part
 
 
 @triton.jit
@@ -130,6 +139,7 @@ def norm_backward(
     total_row,
     offset,
     rows_each,
+    COMPENSATED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -154,6 +164,7 @@ def norm_backward(
         total_row: the same of ``total_ptr``.
         offset: added to the weight.
         rows_each: rows of a program.
+        COMPENSATED: whether what rounding takes from the sums over rows is made up for.
         ROWS: rows that are worked on at a time, a power of two.
         BLOCK: ``width``, rounded up to a power of two.
     """
@@ -167,6 +178,7 @@ def norm_backward(
         bias = _parameters(bias_ptr, columns, width, 0.0, ROWS, BLOCK)
     of_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     of_bias = tl.zeros((ROWS, BLOCK), tl.float32)
+    lost_weight, lost_bias = of_weight, of_bias
     for start in range(0, rows_each, ROWS):
         number = first + start + tl.arange(0, ROWS)
         row = number[:, None]
@@ -179,9 +191,9 @@ def norm_backward(
             normal = tl.where(inside, normal, 0.0)
         normal *= rstd
         if dweight_ptr is not None:
-            of_weight += g * normal
+            of_weight, lost_weight = _add(of_weight, lost_weight, g * normal, COMPENSATED)
         if dbias_ptr is not None:
-            of_bias += g
+            of_bias, lost_bias = _add(of_bias, lost_bias, g, COMPENSATED)
         if y_ptr is not None:
             y = normal
             if weight_ptr is not None:
@@ -217,9 +229,9 @@ def _backward_tile(x: Tensor) -> tuple[int, int, int]:
 
 
 def programs(x: Tensor, rows: int) -> int:
-    """Programs of the backward: one or two for each processor, each with rows to go over."""
+    """Programs of the backward: one for each processor, where each has rows to go over."""
     tile, *_ = _backward_tile(x)
-    return max(1, min(processors(x) * x.element_size() // 2, rows // (4 * tile)))
+    return max(1, min(processors(x), rows // (4 * tile)))
 
 
 def _row(t: Tensor | None) -> int:
@@ -253,18 +265,27 @@ def backward(*args: Any) -> Results:
     rows, block, warps_each = _backward_tile(a.dy)
     norm_backward[(grid,)](
         dy, dtotal, total, a.weight, a.bias, _given(a.mean), a.rstd, dx, *parts, _given(y), count,
-        width, _row(dy), _row(dtotal), _row(total), a.offset, triton.cdiv(count, grid), ROWS=rows,
-        BLOCK=block, num_warps=warps_each, enable_fp_fusion=True,
+        width, _row(dy), _row(dtotal), _row(total), a.offset, triton.cdiv(count, grid),
+        COMPENSATED=dy.dtype == torch.float32, ROWS=rows, BLOCK=block, num_warps=warps_each,
+        enable_fp_fusion=True,
     )  # fmt: skip
     for of, part in zip((of_weight, of_bias), parts, strict=True):
         if part is not None and grid > 1:
-            of.copy_(part.sum(0))
+            _sum_into(of, part)
     return dx, of_weight, of_bias, y
 
 
 def _given(t: Tensor) -> Tensor | None:
     """None for what is left out, which is an empty tensor among an operator's results."""
     return t if t.numel() else None
+
+
+def _sum_into(of: Tensor, part: Tensor) -> None:
+    """The gradient from each program's part of it, added up in float32 and rounded once."""
+    if of.dtype == part.dtype:
+        torch.sum(part, 0, out=of)
+    else:
+        of.copy_(part.sum(0))
 
 
 def _part(of: Tensor, grid: int) -> Tensor | None:

@@ -1,7 +1,8 @@
 """Bytes that torch's own operators move: what the tracer does not see around kernels.
 
 Each operator is counted as one launch that reads every tensor it is given once and writes every
-result once; one that picks entries reads as many as it gives. Views move nothing.
+result once, also where it is given the room for it; one that picks entries reads as many as it
+gives. Views move nothing.
 """
 
 import contextlib
@@ -39,7 +40,8 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func.overloadpacket
         if not func.is_view and name not in _EMPTY:
             first = () if name in _FILLING else result if name in _PICKING else args[:1]
-            self.moved_bytes += _bytes((first, args[1:], kwargs, result))
+            given = {name: t for name, t in kwargs.items() if name not in _outs(func)}
+            self.moved_bytes += _bytes((first, args[1:], given, result))
         return result
 
 
@@ -48,6 +50,11 @@ def operators() -> Iterator[Operators]:
     """Count what torch's operators move within."""
     with Operators() as counter:
         yield counter
+
+
+def _outs(func: Any) -> set[str]:
+    """Names of the arguments that take its results, which it does not read."""
+    return {a.name for a in func._schema.arguments if a.is_out}
 
 
 def _bytes(tree: Any) -> int:

@@ -137,6 +137,7 @@ def test_operators_of_torch_read_what_they_are_given_and_write_their_result() ->
         (lambda: torch.zeros_like(x), x.nbytes),
         (lambda: torch.cat([x, x]), 4 * x.nbytes),
         (lambda: x.gather(1, picked), 2 * row.nbytes + picked.nbytes),
+        (lambda: torch.sum(x, 0, out=torch.empty(32)), x.nbytes + row.nbytes),
         (lambda: x.sum(0).to(torch.bfloat16), x.nbytes + row.nbytes * 5 // 2),
     ]
     for number, (run, moved) in enumerate(counts):

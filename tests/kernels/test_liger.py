@@ -70,12 +70,15 @@ def test_liger_computes_the_same(name: str) -> None:
                 torch.testing.assert_close(other.view_as(own), own)
 
 
-def test_a_gpus_programs_write_no_more_sums_than_liger(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_gpus_programs_write_no_more_sums_than_liger(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
     """Liger has one program for each processor, of which each writes a row that a sum reads."""
     processors, rows, width = 4, 256, 512
     monkeypatch.setattr(triton_norm, "processors", lambda x: processors)
-    x, dy = torch.randn(2, rows, width).bfloat16()
-    weight = torch.randn(width).bfloat16()
+    x, dy = torch.randn(2, rows, width).to(dtype)
+    weight = torch.randn(width).to(dtype)
     (rstd,) = torch.rand(1, rows)
     arguments = dy, None, x, weight, None, torch.empty(0), rstd, 0.0, [True, False], False
     peer = liger_peer(SPECS["memopt::norm_backward"], arguments, "cpu")
