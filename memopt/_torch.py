@@ -103,6 +103,7 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "list_mode_options",
     "mutated_inputs",
+    "no_truncated_normals",
     "pytree",
     "raise_getitems",
     "refuse_data_access",
@@ -134,6 +135,17 @@ def capture_output_code(sink: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         GraphLowering.save_output_code = before
+
+
+@contextmanager
+def no_truncated_normals() -> Iterator[None]:
+    """Leave out the one initialisation that reads its tensor, which a fake one has not."""
+    before = torch.nn.init._no_grad_trunc_normal_
+    torch.nn.init._no_grad_trunc_normal_ = lambda tensor, *_, **__: tensor
+    try:
+        yield
+    finally:
+        torch.nn.init._no_grad_trunc_normal_ = before
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class Config:
         cost: where the seconds of an operator come from: the device table, or a measurement.
         device: a name in the device table, or None for the device that the model is on.
         solver: how plans are searched; ``"auto"`` refines the greedy plan while time is left.
-        solver_seconds: wall-clock limit of the search, per graph.
+        solver_seconds: limit of the search, per graph, in seconds of its own work.
         mode: a mode of ``torch.compile``, handed on to Inductor.
         inductor: patches to Inductor's own configuration, by dotted name.
         plan: path of a saved plan to replay instead of searching, or None.

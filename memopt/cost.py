@@ -64,7 +64,7 @@ class CostModel:
             return self._measure(node)
         touched = [t for n in (node, *node.all_input_nodes) for t in _values(n)]
         if kind is OpKind.EXTERN:
-            seconds = self._roofline(_flops(node), sum(map(_nbytes, touched)), _dtype(node))
+            seconds = self._roofline(flops(node), sum(map(_nbytes, touched)), _dtype(node))
             if "attention" in packet_name(node.target):
                 reached = _ATTENTION_EFFICIENCY.get(self.device.name, _OTHER_ATTENTION_EFFICIENCY)
                 seconds *= _LIBRARY_EFFICIENCY / reached
@@ -120,8 +120,8 @@ def _dtype(node: fx.Node) -> str:
     return str(values[0].dtype).removeprefix("torch.") if values else "float32"
 
 
-def _flops(node: fx.Node) -> float:
-    """Floating-point operations, by torch's own registry; 0 where it has no formula."""
+def flops(node: fx.Node) -> float:
+    """Floating-point operations, by torch's own registry; of a loop one for each entry."""
     target = node.target
     if not isinstance(target, OpOverload):
         return 0.0

@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 
 from torch import fx
 
+from memopt.device import DeviceSpec
 from memopt.graph import backward_nodes, source_line
 from memopt.joint import ENCODES
 from memopt.pipeline import PassContext
@@ -28,8 +29,13 @@ class Form(Protocol):
     kind: ClassVar[str]
     default: ClassVar[bool]
 
-    def fits(self, node: fx.Node) -> str | None:
-        """Why a value cannot be held so: ``""`` where it can, None where it is not meant to be."""
+    def fits(self, node: fx.Node, device: DeviceSpec) -> str | None:
+        """Why a value cannot be held so: ``""`` where it can, None where it is not meant to be.
+
+        Args:
+            node: the value.
+            device: what is planned for; tensors that are traced may be elsewhere.
+        """
 
     def encode(self, graph: fx.Graph, value: fx.Node) -> fx.Node:
         """Insert what makes the form; the graph is positioned."""
@@ -38,13 +44,13 @@ class Form(Protocol):
         """Insert what makes the value again, as ``like`` is; the graph is positioned."""
 
 
-def offer(graph: fx.Graph, forms: Iterable[Form], ctx: PassContext) -> None:
+def offer(graph: fx.Graph, forms: Iterable[Form], ctx: PassContext, device: DeviceSpec) -> None:
     """Put what makes every form of every value that has one behind the value."""
     late = backward_nodes(graph)
     early = [n for n in graph.nodes if n.op == "call_function" and n not in late]
     for form in forms:
         for node in early:
-            reason = form.fits(node)
+            reason = form.fits(node, device)
             if reason:
                 ctx.remark(form.name, RemarkKind.MISSED, reason, node.name, source_line(node))
             if reason != "":

@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 
 from memopt.problem import Candidate, Problem
-from memopt.regions import Tables, tabulate
+from memopt.regions import Regions, Tables, find_regions, tabulate
 from memopt.solve import lowest_peak, solve_exact, solve_greedy
 
 # Bounds on the work, so that the plan does not depend on how fast the machine is. The clock is a
@@ -41,7 +41,8 @@ class Search:
         problem: the priced graph.
         fastest: a saved set known to be fast, such as a stock partition's; None to find one.
         solver: ``"auto"``, ``"greedy"`` or ``"exact"``.
-        time_limit: seconds that searching may take beyond the sweep.
+        time_limit: seconds of this thread's work that searching may take beyond the sweep: what
+            else the machine does changes no plan.
     """
 
     def __init__(
@@ -54,9 +55,8 @@ class Search:
     ) -> None:
         self.problem = problem
         self.solver = solver
-        self.started = time.perf_counter()
         self.time_limit = time_limit
-        self.deadline = self.started + time_limit
+        self.deadline = time.thread_time() + time_limit
         self.everything_kept = problem.keep_everything()
         if fastest is None:
             self.fastest = problem.evaluate(problem.cut(lambda i: 0.0), "fastest")
@@ -104,7 +104,7 @@ class Search:
     @cached_property
     def floor(self) -> Candidate:
         """The plan of least peak that the search can find; has a time limit of its own."""
-        self.deadline = max(self.deadline, time.perf_counter() + self.time_limit)
+        self.deadline = max(self.deadline, time.thread_time() + self.time_limit)
         tables = self.tables
         found = list(self.levels)
         choice = lowest_peak(tables, self._left())
@@ -158,7 +158,9 @@ class Search:
     def tables(self) -> Tables:
         """Levels by price of a byte, tabulated by region; made when first needed."""
         if self._tables is None:
-            self._tables = tabulate(self.problem, self.levels)
+            levels = [*self.levels, *self._link_levels()]
+            self._tables = tabulate(self.problem, self.regions.of, levels)
+            self.deadline = time.thread_time() + self.time_limit
         return self._tables
 
     def _mixed(self, budget_bytes: int) -> Iterator[Candidate]:
@@ -184,12 +186,7 @@ class Search:
     def levels(self) -> Sequence[Candidate]:
         """(1) Bisect the price of a byte, in its logarithm, where the saved set changes."""
         problem = self.problem
-        priced = [
-            t / b
-            for t, b in zip(problem.seconds, problem.save_bytes, strict=True)
-            if t > 0 and 0 < b < float("inf")
-        ]
-        low, high = (min(priced) / 10, max(priced) * 10) if priced else (1e-12, 1e-6)
+        low, high = self._prices()
         sets: dict[frozenset[int], float] = {self.fastest.saved: 0.0}
         first, last = problem.cut(lambda i: low), problem.cut(lambda i: high)
         sets.setdefault(first, low)
@@ -203,13 +200,46 @@ class Search:
             at_middle = problem.cut(lambda i, price=middle: price)  # type: ignore[misc]
             sets.setdefault(at_middle, middle)
             todo += [(a, at_a, middle, at_middle), (middle, at_middle, b, at_b)]
-        if problem.link:
-            for share in _LINK_SHARES:
-                for price in np.geomspace(low, high, _LINK_LEVELS):
-                    away = share / problem.link.bandwidth
-                    sets.setdefault(problem.cut(lambda i, p=price: p, away), price)  # type: ignore[misc]
         found = [problem.evaluate(s, f"price {p:.1e} s/B") for s, p in sets.items()]
+        found += [problem.evaluate(s, "checkpoints") for s in self.regions.checkpoints()]
+        self.deadline = time.thread_time() + self.time_limit
         return [self.everything_kept, *found]
+
+    @cached_property
+    def regions(self) -> Regions:
+        """Of the forward."""
+        return find_regions(self.problem)
+
+    def _prices(self) -> tuple[float, float]:
+        """Seconds per byte at which nothing, and at which everything, is worth recomputing."""
+        problem = self.problem
+        priced = [
+            t / b
+            for t, b in zip(problem.seconds, problem.save_bytes, strict=True)
+            if t > 0 and 0 < b < float("inf")
+        ]
+        return (min(priced) / 10, max(priced) * 10) if priced else (1e-12, 1e-6)
+
+    def _link_levels(self) -> list[Candidate]:
+        """Saved sets with values on the host, as with a link that is never waited for.
+
+        A region that holds all it can there is what a mix is made of; the tables say which copies
+        are waited for.
+        """
+        problem = self.problem
+        if problem.link is None:
+            return []
+        sets: dict[frozenset[int], float] = {}
+        for share in _LINK_SHARES:
+            for price in np.geomspace(*self._prices(), _LINK_LEVELS):
+                away = share / problem.link.bandwidth
+                sets.setdefault(problem.cut(lambda i, p=price: p, away), price)  # type: ignore[misc]
+        known = {level.saved for level in self.levels}
+        return [
+            problem.evaluate(s, f"price {p:.1e} s/B", bandwidth=float("inf"))
+            for s, p in sets.items()
+            if s not in known
+        ]
 
     def _spend(self, start: Candidate, budget_bytes: int) -> Candidate:
         """(4) Save more, what is dearest per byte first, in batches that adapt.
@@ -239,7 +269,7 @@ class Search:
         return best
 
     def _left(self) -> float:
-        return self.deadline - time.perf_counter()
+        return self.deadline - time.thread_time()
 
 
 def _cost(candidate: Candidate) -> tuple[float, int]:

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from memopt import diagnosis
-from memopt._torch import BackendCompilerFailed, FakeTensorMode
+from memopt._torch import BackendCompilerFailed, FakeTensorMode, no_truncated_normals
 from memopt.backend import read_options
 from memopt.config import Config
 from memopt.errors import BudgetInfeasibleError, ConfigError
@@ -20,7 +20,6 @@ from memopt.lowering import interpret_planned
 from memopt.passes import PRE_GRAD
 from memopt.pipeline import Compiled, PassContext, Pipeline
 from memopt.proofs import Proof
-from memopt.record import GraphRecord
 from memopt.report import Report
 from memopt.splitting import Splitter
 
@@ -50,15 +49,40 @@ def plan_for(
         BudgetInfeasibleError: no plan fits.
     """
     config = read_options({**(options or {}), "device": device}, mode=mode)
-    records: list[GraphRecord] = []
+    records = []
+    for number, split in enumerate(plan_with(make, config)):
+        record = diagnosis.make_record(split, Proof.of(split, None))
+        records.append(dataclasses.replace(record, id=f"graph {number}"))
+    return Report(tuple(records))
+
+
+def plan_with(
+    make: Make, config: Config, splitter: Callable[[Config, PassContext], Splitter] = Splitter
+) -> list[Splitter]:
+    """The splitters that have planned the graphs of a step, as if Inductor were to compile them.
+
+    Args:
+        make: as for `plan_for`.
+        config: with the name of a device in it.
+        splitter: makes a graph's, of the configuration and of where passes speak.
+
+    Raises:
+        BudgetInfeasibleError: no plan fits.
+    """
+    splits: list[Splitter] = []
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
-        compiled, record = _planned(gm, inputs, config)
-        records.append(dataclasses.replace(record, id=f"graph {len(records)}"))
+        ctx = PassContext(config)
+        Pipeline("pre_grad", PRE_GRAD).run(gm, ctx)
+        split = splitter(config, ctx)
+        compiled = interpret_planned(gm, inputs, split)
+        diagnosis.require_fit(split, Proof.of(split, None))
+        splits.append(split)
         return compiled
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model, inputs = make()
+        with no_truncated_normals():
+            model, inputs = make()
         forward = model.forward if isinstance(model, nn.Module) else model
         try:
             torch.compile(forward, backend=backend, dynamic=False)(**inputs)
@@ -66,20 +90,7 @@ def plan_for(
             if error.inner_exception is not None:
                 raise error.inner_exception from None
             raise
-    return Report(tuple(records))
-
-
-def _planned(
-    gm: fx.GraphModule, inputs: Sequence[Any], config: Config
-) -> tuple[Compiled, GraphRecord]:
-    """One graph, planned as if Inductor were to compile it."""
-    ctx = PassContext(config)
-    Pipeline("pre_grad", PRE_GRAD).run(gm, ctx)
-    split = Splitter(config, ctx)
-    compiled = interpret_planned(gm, inputs, split)
-    proof = Proof.of(split, None)
-    diagnosis.require_fit(split, proof)
-    return compiled, diagnosis.make_record(split, proof)
+    return splits
 
 
 @dataclasses.dataclass(frozen=True)

@@ -139,10 +139,17 @@ class Problem:
         """Time of the forward half."""
         return sum(self.forward_share)
 
-    def evaluate(self, saved: Iterable[int], origin: str) -> Candidate:
+    def evaluate(
+        self, saved: Iterable[int], origin: str, *, bandwidth: float | None = None
+    ) -> Candidate:
         """Schedule the two halves for a saved set, and measure it exactly under the model.
 
         What may not run twice, such as a random draw, is added to the set where it is missing.
+
+        Args:
+            saved: joint-graph indices of the nodes to save.
+            origin: which search found it.
+            bandwidth: of the link to the host, instead of its own.
         """
         saved = self._within_host(self.joint.settled(saved))
         schedule = make_schedule(self.joint, saved)
@@ -150,7 +157,9 @@ class Problem:
             schedule = make_schedule(self.joint, self._repaired(schedule.saved))
         stall = 0.0
         if self.link and (away := self._away(schedule.saved)):
-            schedule, stall = place_copies(schedule, away, self.seconds, self.link)
+            schedule, stall = place_copies(
+                schedule, away, self.seconds, bandwidth or self.link.bandwidth
+            )
         liveness = analyse(schedule, self.workspace, fused=self.cost.fused)
         recompute = sum(self.seconds[i] for i in schedule.recomputed)
         traffic = self.cost.traffic_seconds(liveness.saved_bytes)

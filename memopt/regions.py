@@ -5,7 +5,7 @@ narrow points. A mixed plan gives each region its own level; the tables here pri
 one row per phase of the step, from one exact evaluation per level.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,8 +24,9 @@ class Tables:
     Attributes:
         levels: the uniform plans.
         region_of: region of each joint-graph node.
-        seconds: time of recomputing and saving in region ``r`` at level ``l``, and of copies to
-            the host and back beyond the time that the region runs, twice as long backwards.
+        seconds: time of recomputing and saving in region ``r`` at level ``l``.
+        link_seconds: time of the way to the host of what region ``r`` holds there.
+        running: time that the forward of each region runs; its backward runs twice as long.
         saved_bytes: bytes that region ``r`` holds across the boundary at level ``l``.
         forward_bytes, backward_bytes: peak while region ``r`` runs, less what earlier regions
             have saved.
@@ -34,6 +35,8 @@ class Tables:
     levels: Sequence[Candidate]
     region_of: npt.NDArray[np.int64]
     seconds: npt.NDArray[np.float64]
+    link_seconds: npt.NDArray[np.float64]
+    running: npt.NDArray[np.float64]
     saved_bytes: npt.NDArray[np.float64]
     forward_bytes: npt.NDArray[np.float64]
     backward_bytes: npt.NDArray[np.float64]
@@ -47,6 +50,22 @@ class Tables:
             if choice[self.region_of[i]] == level
         )
 
+    @property
+    def beside(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """How long the step runs beside copies of what regions from ``r`` on hold on the host.
+
+        To the host it is the rest of the forward; back, the backward of the regions after ``r``.
+        """
+        rest = np.cumsum(self.running[::-1])[::-1]
+        return rest, 2 * (rest - self.running)
+
+    def stall(self, link_seconds: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Seconds that the step waits for copies, of times per region in the last dimension."""
+        copied = np.cumsum(link_seconds[..., ::-1], axis=-1)[..., ::-1]
+        out, back = (np.max(copied - time, axis=-1, initial=0.0) for time in self.beside)
+        waits: npt.NDArray[np.float64] = out + back
+        return waits
+
     def peak(self, choice: Sequence[int]) -> float:
         """Peak bytes of a mix, as the tables see it."""
         rows = np.arange(len(choice))
@@ -56,7 +75,30 @@ class Tables:
         return float(np.max(before + own))
 
 
-def find_regions(problem: Problem) -> npt.NDArray[np.int64]:
+@dataclass(frozen=True)
+class Regions:
+    """The forward, cut.
+
+    Attributes:
+        of: region of each joint-graph node.
+        crossing: for each boundary, in order, the values that later regions read, to be saved.
+    """
+
+    of: npt.NDArray[np.int64]
+    crossing: tuple[frozenset[int], ...]
+
+    def checkpoints(self) -> Iterator[frozenset[int]]:
+        """What crosses every boundary, every second one, every fourth one, and so on.
+
+        Saving that alone is per-block checkpointing: Chen et al. (2016), arXiv:1604.06174.
+        """
+        every = 1
+        while self.crossing[every - 1 :: every]:
+            yield frozenset().union(*self.crossing[every - 1 :: every])
+            every *= 2
+
+
+def find_regions(problem: Problem) -> Regions:
     """Assign every node to a region of the forward.
 
     Boundaries are taken at the narrowest points first, so long as the regions they make still
@@ -87,38 +129,47 @@ def find_regions(problem: Problem) -> npt.NDArray[np.int64]:
         marks = np.array([0.0, *(grown[c] for c in cuts)])
         if grown[step] < grown[-1] and np.min(np.abs(marks - grown[step])) >= spacing:
             cuts.append(int(step))
-    edges = sorted(forward[c] for c in cuts)
-    return np.searchsorted(np.array(edges, dtype=np.int64), np.arange(len(joint)), side="left")
+    cuts.sort()
+    edges = [forward[c] for c in cuts]
+    region_of = np.searchsorted(
+        np.array(edges, dtype=np.int64), np.arange(len(joint)), side="left"
+    )
+    for encoding in joint.encodings:
+        region_of[[*encoding.inner]] = region_of[encoding.source]
+    crossed = tuple(
+        frozenset(joint.storages[s].base for s in made if made[s] <= cut < last[s]) - {-1}
+        for cut in cuts
+    )
+    return Regions(region_of, crossed)
 
 
-def tabulate(problem: Problem, levels: Sequence[Candidate]) -> Tables:
+def tabulate(
+    problem: Problem, region_of: npt.NDArray[np.int64], levels: Sequence[Candidate]
+) -> Tables:
     """Read one column per level from its exact evaluation."""
-    region_of = find_regions(problem)
     regions = int(region_of.max()) + 1 if len(region_of) else 1
     shape = (regions, len(levels))
-    seconds, saved = np.zeros(shape), np.zeros(shape)
+    seconds, away, saved = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     forward, backward = np.zeros(shape), np.zeros(shape)
     joint = problem.joint
-    running = np.bincount(region_of, problem.forward_share, regions)
+    running = np.bincount(region_of, problem.forward_share, regions).astype(np.float64)
     for column, level in enumerate(levels):
         for i in level.liveness.schedule.recomputed:
             seconds[region_of[i], column] += problem.seconds[i]
         for s in problem.saved_storages(level.saved):
             owner = joint.storages[s].owner
             saved[region_of[owner], column] += joint.storages[s].nbytes
-        away = np.zeros(regions)
         for encoding in joint.encodings:
             if encoding.encoded in level.saved:
                 r = region_of[encoding.source]
                 seconds[r, column] += problem.encoding_seconds[encoding.encoded]
-                away[r] += problem.link_seconds(encoding)
-        seconds[:, column] += np.maximum(away - running, 0) + np.maximum(away - 2 * running, 0)
+                away[r, column] += problem.link_seconds(encoding)
         seconds[:, column] += saved[:, column] * problem.cost.traffic_seconds(1)
         before = np.cumsum(saved[:, column]) - saved[:, column]
         ahead, behind = _phase_peaks(level, region_of, regions)
         forward[:, column] = ahead - before
         backward[:, column] = behind - before
-    return Tables(levels, region_of, seconds, saved, forward, backward)
+    return Tables(levels, region_of, seconds, away, running, saved, forward, backward)
 
 
 def _phase_peaks(

@@ -27,7 +27,9 @@ def solve_greedy(tables: Tables, budget_bytes: float, seconds: float = 0.0) -> C
         return None
     rows = np.arange(regions)
     while True:
+        stalls = _stalls_after_each_change(tables, choice)
         gain = tables.seconds[rows, choice][:, None] - tables.seconds
+        gain += stalls[rows, choice][:, None] - stalls
         extra = tables.saved_bytes - tables.saved_bytes[rows, choice][:, None]
         rate = np.where(gain > 0, gain / np.maximum(extra, 1.0), 0.0)
         for flat in np.argsort(-rate, axis=None, kind="stable"):
@@ -40,6 +42,18 @@ def solve_greedy(tables: Tables, budget_bytes: float, seconds: float = 0.0) -> C
             choice[r] = before
         else:
             return choice
+
+
+def _stalls_after_each_change(tables: Tables, choice: Choice) -> npt.NDArray[np.float64]:
+    """Seconds that copies are waited for with another level in one region, by region and level."""
+    regions, levels = tables.seconds.shape
+    rows = np.arange(regions)
+    away = tables.link_seconds[rows, choice]
+    if not tables.link_seconds.any():
+        return np.zeros((regions, levels))
+    changed = np.broadcast_to(away, (regions, levels, regions)).copy()
+    changed[rows, :, rows] = tables.link_seconds
+    return tables.stall(changed)
 
 
 def solve_exact(tables: Tables, budget_bytes: float, seconds: float = 2.0) -> Choice | None:
@@ -62,7 +76,12 @@ def _milp(
     *,
     minimise_peak: bool,
 ) -> tuple[Choice, float] | None:
-    """Variables: ``z[r, l]`` in {0, 1}, and the peak in MiB. Rows: one level per region; peak."""
+    """Which level each region takes.
+
+    Variables: ``z[r, l]`` in {0, 1}; the peak in MiB; seconds waited for copies to the host, and
+    back. Rows: one level per region; the peak of every phase; the copies of what regions from
+    each on hold on the host, and the time that the step runs beside them.
+    """
     regions, levels = cost.shape
     size = regions * levels
     unit = 2.0**20
@@ -74,23 +93,26 @@ def _milp(
         here = np.kron(np.eye(regions), np.ones((1, levels))) * own.reshape(1, size)
         rows.append(csr_array((before + here) / unit))
     peaks = vstack(rows)
-    last = csr_array(-np.ones((2 * regions, 1)))
+    scale = max(float(cost.max()), float(tables.link_seconds.max()), 1e-12)
+    onwards = np.kron(np.triu(np.ones((regions, regions))), np.ones((1, levels)))
+    copied = csr_array(onwards * tables.link_seconds.reshape(1, size) / scale)
+    beside = np.concatenate(tables.beside) / scale
+    peak, out, back = (csr_array(-np.eye(3)[[row] * regions]) for row in range(3))
     constraints = [
-        LinearConstraint(hstack([one, csr_array((regions, 1))]), 1, 1),
-        LinearConstraint(hstack([peaks, last]), -np.inf, 0),
+        LinearConstraint(hstack([one, csr_array((regions, 3))]), 1, 1),
+        LinearConstraint(hstack([peaks, vstack([peak, peak])]), -np.inf, 0),
+        LinearConstraint(hstack([vstack([copied, copied]), vstack([out, back])]), -np.inf, beside),
     ]
-    scale = max(float(cost.max()), 1e-12)
-    objective = np.append(np.zeros(size) if minimise_peak else cost.reshape(size) / scale, 0.0)
-    if minimise_peak:
-        objective[-1] = 1.0
+    time = np.append(cost.reshape(size) / scale, [0.0, 1.0, 1.0])
+    objective = np.eye(size + 3)[size] if minimise_peak else time
     result = milp(
         objective,
         constraints=constraints,
-        integrality=np.append(np.ones(size), 0),
-        bounds=Bounds(0, np.append(np.ones(size), budget_bytes / unit)),
+        integrality=np.append(np.ones(size), [0, 0, 0]),
+        bounds=Bounds(0, np.append(np.ones(size), [budget_bytes / unit, np.inf, np.inf])),
         options={"time_limit": max(seconds, 0.1), "mip_rel_gap": 0.01, "node_limit": 400},
     )
     if result.x is None:
         return None
     chosen = result.x[:size].reshape(regions, levels)
-    return [int(level) for level in np.argmax(chosen, axis=1)], float(result.x[-1]) * unit
+    return [int(level) for level in np.argmax(chosen, axis=1)], float(result.x[size]) * unit

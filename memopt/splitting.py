@@ -1,7 +1,7 @@
 """Joint graph in, forward and backward out: passes, planning and partition, for any lowering."""
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -82,8 +82,8 @@ class Splitter:
         Pipeline("joint", JOINT).run(gm, self.ctx)
         static = [*(static_lifetime_input_indices or ())]
         info = classify_nodes(gm, static, num_fwd_outputs)
-        stock = _stock_saved_set(gm, info) if self.config.lowering == "inductor" else None
-        offer(gm.graph, self._forms(), self.ctx)
+        stock = self._stock(gm, info)
+        offer(gm.graph, self._forms(), self.ctx, device_of(gm.graph.nodes, self.config))
         joint = index_joint_graph(gm, info, num_fwd_outputs=num_fwd_outputs)
         outcome = self._plan(joint, stock)
         self.outcomes.append(outcome)
@@ -101,6 +101,10 @@ class Splitter:
                     node.meta[INLINED] = True
             Pipeline("post_grad", POST_GRAD).run(half, self.ctx)
         return halves
+
+    def _stock(self, gm: fx.GraphModule, info: NodeInfo) -> set[str] | None:
+        """What torch's own partition saves, to start from; eager's lowering has none."""
+        return stock_saved_set(gm, info) if self.config.lowering == "inductor" else None
 
     def _forms(self) -> list[Form]:
         """Those that values may be held in; without a budget, none but their own."""
@@ -164,7 +168,9 @@ class Splitter:
         plan = None if self.config.plan is None else load_plan(joint, self.config.plan)
         if plan is not None:
             set_chunk_rows(joint, plan.chunk_rows)
-        cost = CostModel(device_of(joint, self.config), fused, self.config.cost == "measured")
+        cost = CostModel(
+            device_of(joint.nodes, self.config), fused, self.config.cost == "measured"
+        )
         offload = next((form for form in self._forms() if isinstance(form, Offload)), None)
         problem = Problem(joint, cost, offload.link(cost.device) if offload else None)
         search = Search(
@@ -191,11 +197,11 @@ class Splitter:
         return Outcome(problem, search, chosen or search.floor, limit, chosen is not None)
 
 
-def device_of(joint: JointGraph, config: Config) -> DeviceSpec:
+def device_of(nodes: Iterable[fx.Node], config: Config) -> DeviceSpec:
     """The device to plan for: the one named in the options, else the one the tensors are on."""
     if config.device is not None:
         return device_spec(config.device)
-    for node in joint.nodes:
+    for node in nodes:
         for tensor in tensors(node.meta.get("val")):
             if tensor.device.type == "cuda":
                 return spec_for_product(torch.cuda.get_device_name(tensor.device))
@@ -217,8 +223,14 @@ def _tidy(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _stock_saved_set(gm: fx.GraphModule, info: NodeInfo) -> set[str]:
-    """The saved set of torch's min-cut partitioner: what Inductor would do with no budget."""
+def stock_saved_set(gm: fx.GraphModule, info: NodeInfo, share: float = 1) -> set[str]:
+    """The saved set of torch's min-cut partitioner: what Inductor would do.
+
+    Args:
+        gm: the joint graph.
+        info: torch's classification of its nodes.
+        share: torch's ``activation_memory_budget``; 1 is its default, with no budget.
+    """
     if not info.required_bw_nodes:
         return set()
     far = int(1e9)
@@ -228,4 +240,4 @@ def _stock_saved_set(gm: fx.GraphModule, info: NodeInfo) -> set[str]:
         else:
             users = [] if node.op == "output" else [u.dist_from_bw + 1 for u in node.users]
             node.dist_from_bw = min([far, *users])
-    return {n.name for n in choose_saved_values_set(gm.graph, info, memory_budget=1)}
+    return {n.name for n in choose_saved_values_set(gm.graph, info, memory_budget=share)}

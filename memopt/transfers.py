@@ -100,7 +100,7 @@ def schedule_trips(
 
 
 def place_copies(
-    schedule: Schedule, offloaded: Sequence[Encoding], seconds: Sequence[float], link: Link
+    schedule: Schedule, offloaded: Sequence[Encoding], seconds: Sequence[float], bandwidth: float
 ) -> tuple[Schedule, float]:
     """Start each copy back as early as the link needs, and hold each value until it has left.
 
@@ -108,7 +108,7 @@ def place_copies(
         schedule: each copy back stands right before its first reader.
         offloaded: the values that are held on the host.
         seconds: of each node.
-        link: between device and host.
+        bandwidth: bytes per second between device and host, in each direction.
 
     Returns:
         The schedule; the seconds that the step waits for copies.
@@ -117,7 +117,7 @@ def place_copies(
     made = {i: at for at, i in enumerate(schedule.forward)}
     read = {i: at for at, i in enumerate(schedule.backward, boundary)}
     trips = [Trip(e.host_nbytes, made[e.encoded], read[e.decoded]) for e in offloaded]
-    stays, waited = schedule_trips([seconds[i] for i in order], boundary, trips, link.bandwidth)
+    stays, waited = schedule_trips([seconds[i] for i in order], boundary, trips, bandwidth)
     starting: dict[int, list[int]] = {}
     for _, first, decoded in sorted(
         (trip.read, stay.first, e.decoded)

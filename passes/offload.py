@@ -19,7 +19,7 @@ from torch import fx
 
 from memopt.device import DeviceSpec
 from memopt.errors import ConfigError
-from memopt.graph import is_view
+from memopt.graph import OpKind, is_view, op_kind
 from memopt.kernels.host import FROM_HOST, TO_HOST
 from memopt.passes.joint_nodes import call
 from memopt.transfers import Link
@@ -60,18 +60,21 @@ class Offload:
         """The link that plans count on."""
         return Link(self.bandwidth or device.link, self.host_bytes)
 
-    def fits(self, node: fx.Node) -> str | None:
+    def fits(self, node: fx.Node, device: DeviceSpec) -> str | None:
         """As ``Form.fits``."""
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
             return None
         if is_view(node) and node.target is not operator.getitem:
             return None
-        if value.device.type != "cuda" and not self.simulate:
+        if device.name == "cpu" and not self.simulate:
             return None
         if not all(isinstance(n, int) for n in (*value.shape, *value.stride())):
             return "a value whose size changes is not copied to the host"
-        return "" if value.untyped_storage().nbytes() >= self.least else None
+        if value.untyped_storage().nbytes() < self.least:
+            return None
+        # What loops alone make and read is cheaper to make again.
+        return "" if op_kind(node) is OpKind.EXTERN or _read_by_library(node) else None
 
     def encode(self, graph: fx.Graph, value: fx.Node) -> fx.Node:
         """As ``Form.encode``."""
@@ -81,3 +84,11 @@ class Offload:
         """As ``Form.decode``."""
         device: Any = like.meta["val"].device
         return call(graph, FROM_HOST, encoded, device, like=like)
+
+
+def _read_by_library(node: fx.Node) -> bool:
+    """Whether something other than a loop reads the value, or a view of it."""
+    return any(
+        _read_by_library(user) if is_view(user) else op_kind(user) is OpKind.EXTERN
+        for user in node.users
+    )

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from memopt.device import DeviceSpec
 from memopt.graph import aten, is_view, prims
 from memopt.passes.joint_nodes import call
 
@@ -38,14 +39,14 @@ class PackMasks:
     least: int = 4096
     cpu: bool = False
 
-    def fits(self, node: fx.Node) -> str | None:
+    def fits(self, node: fx.Node, device: DeviceSpec) -> str | None:
         """As ``Form.fits``."""
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
             return None
         if is_view(node) and node.target is not operator.getitem:
             return None
-        if value.device.type == "cpu" and not self.cpu:
+        if device.name == "cpu" and not self.cpu:
             return None
         if not all(isinstance(n, int) for n in (*value.shape, *value.stride())):
             return "a mask whose size changes stays as it is"

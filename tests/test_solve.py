@@ -26,10 +26,13 @@ def tables(draw: st.DrawFn) -> Tables:
         return np.array(values, dtype=np.float64).reshape(regions, levels)
 
     saved, seconds = column(20) * MIB, column(9) * 1e-3
+    linked = draw(st.booleans())
     return Tables(
         levels=(),
         region_of=np.arange(regions),
         seconds=np.sort(seconds, axis=1),
+        link_seconds=column(9 * linked) * 1e-3,
+        running=column(6)[:, 0] * 1e-3,
         saved_bytes=-np.sort(-saved, axis=1),
         forward_bytes=saved + column(10) * MIB,
         backward_bytes=saved + column(20) * MIB,
@@ -42,7 +45,15 @@ def choices(t: Tables) -> list[Choice]:
 
 
 def seconds(t: Tables, choice: Choice) -> float:
-    return math.fsum(t.seconds[r, level] for r, level in enumerate(choice))
+    """Of the work, and of waiting for copies in both directions."""
+    away = [t.link_seconds[r, level] for r, level in enumerate(choice)]
+    waits = [
+        max(
+            0.0, *(sum(away[r:]) - share * sum(t.running[r + skipped :]) for r in range(len(away)))
+        )
+        for share, skipped in ((1, 0), (2, 1))
+    ]
+    return math.fsum([*(t.seconds[r, level] for r, level in enumerate(choice)), *waits])
 
 
 def budget_of(t: Tables, fraction: float) -> float:

@@ -13,9 +13,15 @@ from torch import Tensor
 import memopt
 from bench.meter import Meter
 from bench.zoo import MODELS
+from memopt.kernels.host import ARENA
 from tests.training import gradients, train_step
 
 BUDGETS = (None, 0.75, "min")
+EVERY_BUDGET = (0.9, 0.7, 0.5, 0.35, "min")
+# What else a plan may do to a value than keep it or make it again.
+PACKED: dict[str, Any] = {"pack_masks": {"cpu": True, "least": 64}}
+AWAY: dict[str, Any] = {"offload": {"simulate": True, "least": 1024, "bandwidth": 1e9}}
+ACTIONS = {"recompute": {}, "pack": PACKED, "offload": AWAY, "all": {**PACKED, **AWAY}}
 TINY = sorted(name for name, model in MODELS.items() if "tiny" in model.sizes)
 
 
@@ -44,6 +50,20 @@ def assert_refused(function: Callable[[], object], told: memopt.BudgetInfeasible
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("name", TINY)
 def test_gradients_are_eagers_and_the_peak_is_the_promised_one(name: str, budget: Any) -> None:
+    check(name, {"memory_budget": budget})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("actions", ACTIONS)
+@pytest.mark.parametrize("budget", EVERY_BUDGET)
+@pytest.mark.parametrize("name", TINY)
+def test_whatever_a_plan_may_do_the_same_holds(name: str, budget: Any, actions: str) -> None:
+    check(name, {"memory_budget": budget, "passes": ACTIONS[actions]})
+    assert ARENA.held_bytes == 0
+
+
+def check(name: str, asked: dict[str, Any]) -> None:
+    """One model under one configuration."""
     entry = MODELS[name]
     double = "float32_only" not in entry.tags
     model, inputs = entry.make("tiny", dtype=torch.float64 if double else torch.float32)
@@ -51,12 +71,12 @@ def test_gradients_are_eagers_and_the_peak_is_the_promised_one(name: str, budget
     loss = train_step(model, model, inputs)
     expected = gradients(model)
     arguments: dict[str, Any] = dict(inputs)
-    options: dict[str, Any] = {"memory_budget": budget, "lowering": "eager", "strict": True}
+    options: dict[str, Any] = {**asked, "lowering": "eager", "strict": True}
     model.load_state_dict(start)
     try:
         report = memopt.explain(model, options=options, **arguments)
     except memopt.BudgetInfeasibleError as told:
-        assert budget == 0.75
+        assert isinstance(asked["memory_budget"], float)
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="memopt", options=options)
         assert_refused(lambda: train_step(compiled, model, inputs), told)

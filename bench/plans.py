@@ -1,0 +1,251 @@
+"""Plans on fake tensors: what models save that do not fit here, and how good a search is.
+
+Two kinds of rows. Of ``plan``: peak and saved bytes, and modelled seconds, of one model under one
+configuration, beside torch's own partition of the graph without memopt's passes. Of ``frontier``:
+for every model of the zoo the peaks and recomputed operations that memopt, per-block checkpoints,
+torch's min-cut and its ``activation_memory_budget`` can be set to.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import memopt
+from bench.zoo import MODELS, checkpoint_blocks
+from bench.zoo.vision import resnet
+from memopt.backend import read_options
+from memopt.cost import flops
+from memopt.graph import OpKind
+from memopt.outcome import Outcome
+from memopt.passes import JOINT, POST_GRAD, PRE_GRAD
+from memopt.planning import plan_with
+from memopt.problem import Candidate
+from memopt.splitting import Splitter, stock_saved_set
+
+CASE = "plans"
+DEVICE = "h100"
+GB = 10**9
+Made = tuple[nn.Module, dict[str, Tensor]]
+Point = tuple[int, float]
+# Several graphs to a step; and grouped products, which on fake tensors are of bfloat16 alone.
+_NOT_PLANNED = {"graph_break", "functorch", "float32_only"}
+_WITHOUT = {pass_.name: False for pass_ in (*PRE_GRAD, *JOINT, *POST_GRAD)}
+
+
+class LowRank(nn.Module):
+    """A frozen linear layer and a trained product of two narrow ones; Hu et al. (2021), LoRA."""
+
+    def __init__(self, frozen: nn.Linear, rank: int = 8) -> None:
+        super().__init__()
+        self.frozen = frozen.requires_grad_(False)
+        like: Any = {"bias": False, "dtype": frozen.weight.dtype}
+        self.down = nn.Linear(frozen.in_features, rank, **like)
+        self.up = nn.Linear(rank, frozen.out_features, **like)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.frozen(x) + self.up(self.down(x))
+        return y
+
+
+def with_low_rank(model: nn.Module, names: Sequence[str]) -> None:
+    """Freeze a model but for low-rank products at all linear layers of these names, in place."""
+    model.requires_grad_(False)
+    for module in list(model.modules()):
+        for name in names:
+            if isinstance(linear := getattr(module, name, None), nn.Linear):
+                setattr(module, name, LowRank(linear))
+
+
+def llama3_8b() -> Made:
+    """Llama-3-8B in bfloat16, all of it trained, on one sequence of 8192 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=128256, hidden_size=4096, intermediate_size=14336,
+                num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+                max_position_embeddings=8192, use_cache=False, attn_implementation="sdpa",
+            )
+        )  # fmt: skip
+    finally:
+        torch.set_default_dtype(torch.float32)
+    ids = torch.zeros(1, 8192, dtype=torch.long)
+    return model.train(), {"input_ids": ids, "labels": ids}
+
+
+def vit_b_lora() -> Made:
+    """ViT-B/16 with LoRA at queries and values, 32 images."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    model = ViTForImageClassification(ViTConfig()).train()
+    with_low_rank(model, ("query", "value", "q_proj", "v_proj"))
+    labels = torch.zeros(32, dtype=torch.long)
+    return model, {"pixel_values": torch.randn(32, 3, 224, 224), "labels": labels}
+
+
+def resnet50_frozen() -> Made:
+    """ResNet-50, nothing trained, with a gradient to its input; 32 images."""
+    recipe = resnet((3, 4, 6, 3), 64, frozen=True, batch=32, side=224)
+    model, inputs = recipe.build().requires_grad_(False), recipe.inputs(0)
+    inputs["images"].requires_grad_(True)
+    return model, inputs
+
+
+@dataclass(frozen=True)
+class PlanCase:
+    """A model, and the options to plan it with, by what the results call them."""
+
+    make: Callable[[], Made]
+    options: Mapping[str, Mapping[str, Any]]
+
+
+PLANS = {
+    "llama3_8b": PlanCase(
+        llama3_8b,
+        {
+            "recompute": {"memory_budget": 17 * GB},
+            "recompute, offload": {"memory_budget": 17 * GB, "passes": {"offload": True}},
+        },
+    ),
+    "vit_b_lora": PlanCase(vit_b_lora, {"half": {"memory_budget": 0.5}}),
+    "resnet50_frozen": PlanCase(resnet50_frozen, {"nine tenths": {"memory_budget": 0.9}}),
+}
+
+
+def run(device: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Rows of both kinds; the device that is planned for is in the table, not here."""
+    rows = []
+    for name, case in PLANS.items():
+        stock: Mapping[str, Any] = {"memory_budget": None, "passes": _WITHOUT}
+        for peer, options in {"inductor": stock, **case.options}.items():
+            rows.append(_plan_row(name, case.make, peer, options))
+            say(f"{name}: {peer}: {rows[-1]}")
+    for name, model in MODELS.items():
+        if "bench" in model.sizes and not model.tags & _NOT_PLANNED:
+            rows += _frontier_rows(name)
+            say(f"{name}: " + ", ".join(f"{row['peer']} {row['area']:.3f}" for row in rows[-4:]))
+    return rows
+
+
+def _plan_row(
+    name: str, make: Callable[[], Made], peer: str, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One model under one configuration; torch's partition where no pass of memopt's runs."""
+    report = memopt.plan_for(make, device=DEVICE, options=options)
+    graph = max(report.graphs, key=lambda g: g.baseline_peak_bytes)
+    label = "stock partition" if peer == "inductor" else "plan"
+    timeline = next(t for t in graph.timelines if t.label == label)
+    return {
+        "kind": "plan",
+        "case": name,
+        "peer": peer,
+        "planned_for": DEVICE,
+        "peak_bytes": timeline.peak_bytes,
+        "saved_bytes": sum(r.nbytes for r in timeline.ranges if r.role == "saved"),
+        "host_bytes": graph.host_bytes,
+        "step_seconds": graph.step_seconds,
+        "kept_step_seconds": graph.baseline_step_seconds,
+        "planning_seconds": graph.planning_seconds,
+    }
+
+
+@dataclass
+class _Recorder(Splitter):
+    """A splitter that notes torch's saved sets too, by its activation budget."""
+
+    knob: dict[float, set[str]] = field(default_factory=dict)
+
+    def _stock(self, gm: Any, info: Any) -> set[str] | None:
+        for share in (1.0, 0.5, 0.3, 0.1, 0.0):
+            self.knob[share] = stock_saved_set(gm, info, share)
+        return self.knob[1.0]
+
+
+def _frontier_rows(name: str) -> list[dict[str, Any]]:
+    """The area under each peer's curve; none where a step has several graphs.
+
+    Nor of per-block checkpoints where they break the graph.
+    """
+    split = _recorded(name, checkpoint=False)
+    if split is None:
+        return []
+    outcome = split.outcomes[-1]
+    search, problem = outcome.search, outcome.problem
+    kept, floor = search.everything_kept.peak_bytes, search.floor.peak_bytes
+    budgets = [floor + (kept - floor) * step // 12 for step in range(13)]
+    ours = [plan for budget in budgets if (plan := search.plan(budget))]
+    knob = [problem.evaluate(_indices(outcome, names), "knob") for names in split.knob.values()]
+    curves = {"memopt": ours, "min-cut": knob[:1], "activation budget": knob}
+    points = {peer: [_point(outcome, c) for c in plans] for peer, plans in curves.items()}
+    if "checkpoint" in MODELS[name].tags and (other := _recorded(name, checkpoint=True)):
+        last = other.outcomes[-1]
+        saved = _indices(last, other.knob[1.0])
+        points["checkpoint"] = [_point(last, last.problem.evaluate(saved, "checkpoint"))]
+    low = min(peak for curve in points.values() for peak, _ in curve)
+    most = sum(
+        flops(node)
+        for i, node in enumerate(problem.joint.nodes)
+        if problem.joint.required_forward[i] and problem.joint.kind[i] is not OpKind.VIEW
+    )
+    return [
+        {
+            "kind": "frontier",
+            "case": name,
+            "peer": peer,
+            "planned_for": DEVICE,
+            "low_bytes": low,
+            "kept_bytes": kept,
+            "points": sorted(curve),
+            "area": area(curve, low, kept, most),
+        }
+        for peer, curve in points.items()
+    ]
+
+
+def _recorded(name: str, *, checkpoint: bool) -> _Recorder | None:
+    """The splitter of a step's graph; None where the step has several."""
+
+    def make() -> Made:
+        recipe = MODELS[name].sizes["bench"]
+        model, inputs = recipe.build(), recipe.inputs(0)
+        if checkpoint:
+            checkpoint_blocks(model)
+        return model, inputs
+
+    splits = plan_with(make, read_options({"device": DEVICE}), _Recorder)
+    trained = [each for each in splits if isinstance(each, _Recorder) and each.outcomes]
+    return trained[0] if len(trained) == 1 else None
+
+
+def _indices(outcome: Outcome, names: set[str]) -> list[int]:
+    return [i for i, node in enumerate(outcome.problem.joint.nodes) if node.name in names]
+
+
+def _point(outcome: Outcome, plan: Candidate) -> Point:
+    """Its peak bytes, and the operations that it runs a second time."""
+    joint = outcome.problem.joint
+    again = (i for i in plan.liveness.schedule.recomputed if joint.kind[i] is not OpKind.VIEW)
+    return plan.peak_bytes, sum(flops(joint.nodes[i]) for i in again)
+
+
+def area(curve: Sequence[Point], low: int, high: int, most: float) -> float:
+    """Mean share of the forward's operations that is run again, over all peaks from low to high.
+
+    Args:
+        curve: peaks in bytes, and operations.
+        low: the least peak.
+        high: the largest.
+        most: operations of the forward, which count where no point has as low a peak.
+    """
+    edges = sorted({low, high, *(peak for peak, _ in curve if low < peak < high)})
+    total = 0.0
+    for left, right in itertools.pairwise(edges):
+        fits = [again for peak, again in curve if peak <= left]
+        total += (right - left) * min([most, *fits])
+    return total / (max(high - low, 1) * most)
