@@ -16,6 +16,7 @@ from memopt.passes.fuse_gates import FuseGates
 from memopt.passes.fuse_norms import FuseNorms
 from memopt.passes.fuse_rotary import FuseRotary
 from memopt.passes.fuse_rows import FuseRows
+from memopt.passes.narrow_integers import NarrowIntegers
 from memopt.passes.offload import Offload
 from memopt.passes.overwrite_hidden_states import MarkHiddenStates, OverwriteHiddenStates
 from memopt.passes.overwrite_rotary import OverwriteRotary
@@ -46,4 +47,4 @@ POST_GRAD: tuple[Pass, ...] = (
     FuseRows(),
     OverwriteRotary(),
 )
-FORMS: tuple[Form, ...] = (PackMasks(), Offload())
+FORMS: tuple[Form, ...] = (PackMasks(), NarrowIntegers(), Offload())
