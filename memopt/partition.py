@@ -66,7 +66,7 @@ def _encode(forward: fx.Graph, joint: JointGraph, encoding: Encoding) -> None:
     with forward.inserting_before(value.next):
         for i in encoding.inner:
             if i <= encoding.encoded:
-                copies[joint.nodes[i]] = forward.node_copy(joint.nodes[i], copies.__getitem__)
+                _copy(forward, joint.nodes[i], copies)
     output.replace_input_with(value, copies[joint.nodes[encoding.encoded]])
 
 
@@ -76,14 +76,24 @@ def _decode(backward: fx.Graph, joint: JointGraph, encoding: Encoding) -> None:
     value = next(n for n in backward.find_nodes(op="placeholder") if n.name == source.name)
     with backward.inserting_before(value):
         taken = backward.placeholder(encoded.name)
+    taken.name = encoded.name
     taken.meta.update(encoded.meta)
     copies = {encoded: taken}
     with backward.inserting_before(min(value.users)):
         for i in encoding.inner:
             if i > encoding.encoded:
-                copies[joint.nodes[i]] = backward.node_copy(joint.nodes[i], copies.__getitem__)
+                _copy(backward, joint.nodes[i], copies)
     value.replace_all_uses_with(copies[joint.nodes[encoding.decoded]])
     backward.erase_node(value)
+
+
+def _copy(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> None:
+    """Copy a joint node into a half under its own name, by which halves and schedules agree.
+
+    Torch gives a half the joint graph's names as taken, so a copy would get another one.
+    """
+    copies[node] = graph.node_copy(node, copies.__getitem__)
+    copies[node].name = node.name
 
 
 def _wait_for_copies(forward: fx.Graph, backward: fx.Graph, schedule: Schedule) -> None:

@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import fx
 
+from memopt import splitting
+from memopt._torch import BackendCompilerFailed
 from memopt.cost import CostModel
 from memopt.device import DEVICES
 from memopt.joint import JointGraph
 from memopt.kernels.host import ARENA
+from memopt.partition import partition
 from memopt.planner import Search
 from memopt.problem import Candidate, Problem
 from memopt.schedule import make_schedule
@@ -29,7 +33,7 @@ from tests.graphs import (
     saved_sets,
     seeded,
 )
-from tests.test_liveness import TANGENT_BYTES, measured_peak, simulate, unfused
+from tests.test_liveness import UNSEEN_BYTES, measured_peak, simulate, unfused
 
 PACKED = {"pack_masks": {"least": 8, "cpu": True}}
 AWAY = {"offload": {"simulate": True, "least": 8, "bandwidth": 1e9}}
@@ -64,7 +68,32 @@ def test_the_predicted_peak_is_the_measured_one_to_the_byte(
 ) -> None:
     captured = lowered(program, memory_budget=budget, passes=passes)
     measured = measured_peak(captured, program.arguments())
-    assert 0 <= measured - captured.outcome.chosen.peak_bytes <= TANGENT_BYTES
+    assert 0 <= measured - captured.outcome.chosen.peak_bytes <= UNSEEN_BYTES
+
+
+@settings(max_examples=15)
+@given(programs(names=(*OPERATORS, *MASKED), is_loss=True), st.sampled_from(FORMS))
+def test_the_backward_runs_in_the_order_of_the_schedule(program: Program, passes: Passes) -> None:
+    """Forms included: where a copy back starts is the plan's."""
+    halves: list[fx.GraphModule] = []
+
+    def keeping(*args: Any, **options: Any) -> Any:
+        halves.extend(made := partition(*args, **options))
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(splitting, "partition", keeping)
+        captured = lowered(program, memory_budget=0.5, passes=passes)
+        try:
+            captured(*program.arguments())
+        except BackendCompilerFailed:
+            return  # no plan fits
+    problem, schedule = captured.problem, captured.outcome.chosen.liveness.schedule
+    names = [problem.joint.nodes[i].name for i in schedule.backward]
+    runs = [node.name for node in halves[1].graph.nodes if node.name in names]
+    assert runs == [name for name in names if name in runs]
+    decoded = {problem.joint.nodes[e.decoded].name for e in problem.joint.encodings}
+    assert decoded.intersection(names) <= set(runs)
 
 
 @settings(max_examples=15)

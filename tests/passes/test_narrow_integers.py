@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memopt.passes.narrow_integers import NarrowIntegers
+from memopt.planner import Search
+from memopt.problem import Candidate
 from tests.graphs import assert_same, lowered, problem_of, seeded
 
 ON: dict[str, Any] = {NarrowIntegers.name: {"least": 8}}
@@ -114,6 +116,32 @@ def test_a_plan_that_holds_positions_so_saves_seven_eighths_of_them() -> None:
     narrow = problem.evaluate([forms.get(i, i) for i in kept.saved], "narrow")
     fewer = kept.liveness.saved_bytes - narrow.liveness.saved_bytes
     assert fewer == 3 * 64 * 96 * 7
+
+
+def held_so(search: Search, budget_bytes: int | None) -> Candidate:
+    """Every position that the backward reads, in fewer bytes, whatever it costs."""
+    forms = {e.source: e.encoded for e in search.problem.joint.encodings}
+    saved = [forms.get(i, i) for i in search.everything_kept.saved]
+    return search.problem.evaluate(saved, "as asked")
+
+
+def test_the_halves_agree_on_positions_of_several_operators(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two of other shapes than the others, all held in the same kind of form."""
+
+    def function(x: Tensor) -> tuple[Tensor]:
+        for k in (3, 5):
+            x = x.sin().sort(dim=1).values * 1.5
+            x = x + x.cos().topk(k, -1).values.sum()
+        return (x.sum(),)
+
+    monkeypatch.setattr(Search, "plan", held_so)
+    arguments = [drawn(width=300)]
+    compiled = lowered(function, memory_budget=0.9, passes=ON)
+    assert_same(seeded(compiled, arguments), seeded(function, arguments))
+    saved = compiled.outcome.chosen.saved
+    assert sum(e.encoded in saved for e in compiled.problem.joint.encodings) == 4
 
 
 def test_a_size_that_changes_is_left_as_it_is() -> None:
