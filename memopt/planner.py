@@ -106,7 +106,7 @@ class Search:
         """The plan of least peak that the search can find; has a time limit of its own."""
         self.deadline = max(self.deadline, time.thread_time() + self.time_limit)
         tables = self.tables
-        found = list(self.levels)
+        found = [*self.levels, *map(self._checkpointed, self.regions.checkpoints())]
         choice = lowest_peak(tables, self._left())
         if choice is not None:
             found.append(self.problem.evaluate(tables.mix(choice), "lowest peak"))
@@ -201,7 +201,6 @@ class Search:
             sets.setdefault(at_middle, middle)
             todo += [(a, at_a, middle, at_middle), (middle, at_middle, b, at_b)]
         found = [problem.evaluate(s, f"price {p:.1e} s/B") for s, p in sets.items()]
-        found += [problem.evaluate(s, "checkpoints") for s in self.regions.checkpoints()]
         self.deadline = time.thread_time() + self.time_limit
         return [self.everything_kept, *found]
 
@@ -209,6 +208,13 @@ class Search:
     def regions(self) -> Regions:
         """Of the forward."""
         return find_regions(self.problem)
+
+    def _checkpointed(self, crossing: frozenset[int]) -> Candidate:
+        """Saves what crosses some boundaries, as far as the backward reads it."""
+        schedule = self.problem.evaluate(crossing, "checkpoints").liveness.schedule
+        read = {u for i in schedule.backward for u in schedule.behind.inputs[i]}
+        read.update(schedule.joint.backward_outputs)
+        return self.problem.evaluate(schedule.saved & read, "checkpoints")
 
     def _prices(self) -> tuple[float, float]:
         """Seconds per byte at which nothing, and at which everything, is worth recomputing."""

@@ -101,8 +101,10 @@ def _milp(
     constraints = [
         LinearConstraint(hstack([one, csr_array((regions, 3))]), 1, 1),
         LinearConstraint(hstack([peaks, vstack([peak, peak])]), -np.inf, 0),
-        LinearConstraint(hstack([vstack([copied, copied]), vstack([out, back])]), -np.inf, beside),
     ]
+    if tables.link_seconds.any():
+        waits = hstack([vstack([copied, copied]), vstack([out, back])])
+        constraints.append(LinearConstraint(waits, -np.inf, beside))
     time = np.append(cost.reshape(size) / scale, [0.0, 1.0, 1.0])
     objective = np.eye(size + 3)[size] if minimise_peak else time
     result = milp(
