@@ -106,12 +106,15 @@ class Search:
         """The plan of least peak that the search can find; has a time limit of its own."""
         self.deadline = max(self.deadline, time.thread_time() + self.time_limit)
         tables = self.tables
-        found = [*self.levels, *map(self._checkpointed, self.regions.checkpoints())]
+        starts = [min(self.levels, key=_height)]
+        checkpoints = [self._checkpointed(crossing) for crossing in self.regions.checkpoints()]
+        if checkpoints:
+            starts.append(min(checkpoints, key=_height))
         choice = lowest_peak(tables, self._left())
         if choice is not None:
-            found.append(self.problem.evaluate(tables.mix(choice), "lowest peak"))
-        low = min(found, key=lambda c: (c.peak_bytes, c.seconds))
-        low = self._descend(low)
+            starts.append(self.problem.evaluate(tables.mix(choice), "lowest peak"))
+        # One kind of plan is stuck where another still has a way down.
+        low = min(map(self._descend, sorted(starts, key=_height)), key=_height)
         for _ in range(_MAX_TIGHTEN):
             lower = next(iter(self._mixed(low.peak_bytes - 1)), None)
             if lower is None or lower.peak_bytes >= low.peak_bytes:
@@ -280,3 +283,7 @@ class Search:
 
 def _cost(candidate: Candidate) -> tuple[float, int]:
     return candidate.seconds, candidate.peak_bytes
+
+
+def _height(candidate: Candidate) -> tuple[int, float]:
+    return candidate.peak_bytes, candidate.seconds
