@@ -24,7 +24,13 @@ def scratch_table() -> Mapping[str, Callable[..., int]]:
 
     A kernel says so in its spec; those that are several operators in one are listed here.
     """
-    from memopt.kernels import contrastive, divergence, embedding_gradient, linear_cross_entropy
+    from memopt.kernels import (
+        compressed,
+        contrastive,
+        divergence,
+        embedding_gradient,
+        linear_cross_entropy,
+    )
 
     stated = {spec.name.replace("::", "."): spec.scratch for spec in specs()}
     return {
@@ -33,6 +39,8 @@ def scratch_table() -> Mapping[str, Callable[..., int]]:
         **dict.fromkeys(_CROSS_ENTROPIES, linear_cross_entropy.scratch_bytes),
         "memopt.linear_cross_entropy_": linear_cross_entropy.scratch_bytes,
         **dict.fromkeys(_DIVERGENCES, divergence.scratch_bytes),
+        "memopt.compress": compressed.compress_scratch,
+        "memopt.decompress": compressed.decompress_scratch,
         "memopt.contrastive": contrastive.scratch_bytes,
         "memopt.embedding_gradient": embedding_gradient.scratch_bytes,
         "memopt.embedding_rows": embedding_gradient.rows_scratch_bytes,

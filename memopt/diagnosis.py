@@ -52,9 +52,11 @@ def infeasible_text(split: Splitter, limit: int, floor: int, timeline: Timeline)
         if split.held_bytes
         else ""
     )
+    budget, lowest = format_bytes(limit), format_bytes(floor)
+    if budget == lowest:
+        budget, lowest = f"{limit:,} B", f"{floor:,} B"
     return (
-        f"no plan fits memory_budget = {format_bytes(limit)}{held}: the lowest peak found is "
-        f"{format_bytes(floor)}.\n"
+        f"no plan fits memory_budget = {budget}{held}: the lowest peak found is {lowest}.\n"
         f"It binds at {step.name}{_at(step.source)}, in the "
         f"{'backward' if step.backward else 'forward'}, where these are alive:{shown}{rest}\n"
         f"Cheapest next action: {_next_action(holders, floor, bool(split.outcomes))}"

@@ -23,11 +23,16 @@ class Form(Protocol):
     Attributes:
         kind: what becomes of a value, in a word.
         default: whether it is offered where the options do not name it.
+        loss: error of a value that comes back, over its norm; 0 where it comes back as it was.
     """
 
     name: ClassVar[str]
     kind: ClassVar[str]
     default: ClassVar[bool]
+
+    @property
+    def loss(self) -> float:
+        """See the class."""
 
     def fits(self, node: fx.Node, device: DeviceSpec) -> str | None:
         """Why a value cannot be held so: ``""`` where it can, None where it is not meant to be.
@@ -58,4 +63,4 @@ def offer(graph: fx.Graph, forms: Iterable[Form], ctx: PassContext, device: Devi
             with graph.inserting_before(node.next):
                 encoded = form.encode(graph, node)
                 decoded = form.decode(graph, encoded, node)
-            decoded.meta[ENCODES] = form.kind, node.name, encoded.name
+            decoded.meta[ENCODES] = form.kind, form.loss, node.name, encoded.name

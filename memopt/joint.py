@@ -42,6 +42,7 @@ class Encoding:
 
     Attributes:
         kind: what makes it, such as ``"pack"``.
+        loss: error of the value that comes back, over its norm; 0 where it comes back as it was.
         source: index of the value.
         encoded: index of its other form.
         decoded: index of the value, made of the other form; nothing reads it.
@@ -50,6 +51,7 @@ class Encoding:
     """
 
     kind: str
+    loss: float
     source: int
     encoded: int
     decoded: int
@@ -58,7 +60,7 @@ class Encoding:
 
 
 ENCODES = "memopt_encodes"
-"""Set in ``node.meta`` of a decoded value: the kind, and the names of source and other form."""
+"""Set in ``node.meta`` of a decoded value: kind, loss, the names of source and other form."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ def _encodings(nodes: Sequence[fx.Node], inputs: Sequence[Sequence[int]]) -> Ite
     by_name = {node.name: i for i, node in enumerate(nodes)}
     for decoded, node in enumerate(nodes):
         if ENCODES in node.meta:
-            kind, *names = node.meta[ENCODES]
+            kind, loss, *names = node.meta[ENCODES]
             source, encoded = (by_name[name] for name in names)
             inner, edge = {decoded}, [decoded]
             while edge:
@@ -200,7 +202,7 @@ def _encodings(nodes: Sequence[fx.Node], inputs: Sequence[Sequence[int]]) -> Ite
                 edge += more
             copied = nodes[source] if predicates.on_host(nodes[encoded]) else None
             host_nbytes = predicates.storage_nbytes(copied.meta["val"])[0] if copied else 0
-            yield Encoding(kind, source, encoded, decoded, tuple(sorted(inner)), host_nbytes)
+            yield Encoding(kind, loss, source, encoded, decoded, tuple(sorted(inner)), host_nbytes)
 
 
 def _indices(values: Sequence[Any], index: dict[fx.Node, int]) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from memopt.joint import Encoding, JointGraph
 from memopt.liveness import Liveness, analyse
 from memopt.lives import read_by_library_calls, storages_of
 from memopt.mincut import SavedSetNetwork
-from memopt.schedule import make_schedule
+from memopt.schedule import Schedule, make_schedule
 from memopt.transfers import Link, place_copies
 
 INFINITE = float("inf")
@@ -48,11 +48,14 @@ class Problem:
         joint: the graph.
         cost: seconds and scratch bytes of each node.
         link: to the host; None where nothing may be held there.
+        error: bound on the gradient's error, over its norm, by values that do not come back as
+            they were.
     """
 
     joint: JointGraph
     cost: CostModel
     link: Link | None = None
+    error: float = 0.0
 
     @cached_property
     def seconds(self) -> list[float]:
@@ -151,10 +154,12 @@ class Problem:
             origin: which search found it.
             bandwidth: of the link to the host, instead of its own.
         """
-        saved = self._within_host(self.joint.settled(saved))
+        saved = self._within_error(self._within_host(self.joint.settled(saved)))
         schedule = make_schedule(self.joint, saved)
         if any(self.recompute_price[i] == INFINITE for i in schedule.recomputed):
             schedule = make_schedule(self.joint, self._repaired(schedule.saved))
+        if misused := self._misused(schedule):
+            schedule = make_schedule(self.joint, _as_they_are(schedule.saved, misused))
         stall = 0.0
         if self.link and (away := self._away(schedule.saved)):
             schedule, stall = place_copies(
@@ -216,6 +221,59 @@ class Problem:
                 left -= encoding.host_nbytes
         return saved
 
+    def _within_error(self, saved: frozenset[int]) -> frozenset[int]:
+        """The same set, with no more values rounded than the gradient's error allows.
+
+        A factor of a weight's gradient is in no other gradient: each of those is off by its own
+        rounding. What loops of the backward read is in all gradients of earlier layers: there
+        the squares of independent roundings add up. The largest values are first.
+        """
+        rounded = [e for e in self.joint.encodings if e.loss and e.encoded in saved]
+        rounded.sort(key=lambda e: (-self.save_bytes[e.source], e.source))
+        spent, over = max((e.loss**2 for e in rounded), default=0.0), []
+        for encoding in rounded:
+            more = encoding.loss**2 if self._is_read_by_loops(encoding) else 0.0
+            if spent + more > self.error**2:
+                over.append(encoding)
+            else:
+                spent += more
+        return _as_they_are(saved, over)
+
+    def _is_read_by_loops(self, encoding: Encoding) -> bool:
+        """Whether loops of the true backward read the value."""
+        return not self._loop_reads.isdisjoint(self.joint.storage_of[encoding.source])
+
+    @cached_property
+    def _loop_reads(self) -> set[int]:
+        joint = self.joint
+        loops = (OpKind.POINTWISE, OpKind.REDUCTION)
+        return {
+            s
+            for i in range(len(joint))
+            if not joint.forwardable[i] and joint.kind[i] in loops
+            for u in joint.inputs[i]
+            for s in joint.storage_of[u]
+        }
+
+    def _misused(self, schedule: Schedule) -> set[Encoding]:
+        """Rounded values from which more is run again than loops: a sum must be the forward's."""
+        rounded = {
+            e.decoded: {e} for e in self.joint.encodings if e.loss and e.encoded in schedule.saved
+        }
+        misused: set[Encoding] = set()
+        if not rounded:
+            return misused
+        joint, again = schedule.behind, {*schedule.recomputed}
+        for i in schedule.backward:
+            read = set().union(*(rounded.get(u, ()) for u in joint.inputs[i]))
+            if not read or i not in again:
+                continue
+            if joint.kind[i] in (OpKind.POINTWISE, OpKind.VIEW):
+                rounded[i] = read
+            else:
+                misused |= read
+        return misused
+
     def host_bytes(self, saved: Collection[int]) -> int:
         """Bytes on the host."""
         return sum(e.host_nbytes for e in self._away(saved))
@@ -273,3 +331,9 @@ class Problem:
 
     def _pinned(self, i: int) -> bool:
         return not self.joint.recomputable[i] and self.joint.kind[i] is not OpKind.VIEW
+
+
+def _as_they_are(saved: frozenset[int], encodings: Iterable[Encoding]) -> frozenset[int]:
+    """The same set, with some values not in another form."""
+    chosen = tuple(encodings)
+    return saved - {e.encoded for e in chosen} | {e.source for e in chosen}

@@ -40,9 +40,12 @@ class Report:
 
     Attributes:
         graphs: one record per compiled graph, in the order in which they were compiled.
+        gradient_error: how far the gradient was from the exact one on the inputs that were
+            explained, over its norm; None where every form is exact.
     """
 
     graphs: tuple[GraphRecord, ...]
+    gradient_error: float | None = None
 
     @property
     def predicted_peak_bytes(self) -> int:
@@ -54,6 +57,7 @@ class Report:
         return {
             "version": __version__,
             "predicted_peak_bytes": self.predicted_peak_bytes,
+            "gradient_error": self.gradient_error,
             "graphs": [_graph_dict(graph) for graph in self.graphs],
         }
 
@@ -103,7 +107,12 @@ class Report:
         if not self.graphs:
             return "no graph was compiled"
         noun = "1 graph" if len(self.graphs) == 1 else f"{len(self.graphs)} graphs"
-        return f"{noun}, predicted peak {format_bytes(self.predicted_peak_bytes)}"
+        rounded = (
+            ""
+            if self.gradient_error is None
+            else f", gradient off by {self.gradient_error:.1e} of its norm"
+        )
+        return f"{noun}, predicted peak {format_bytes(self.predicted_peak_bytes)}{rounded}"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(f"memopt: {self._headline}", style="bold")

@@ -36,6 +36,7 @@ from memopt.joint import JointGraph, index_joint_graph
 from memopt.outcome import Outcome, load_plan
 from memopt.partition import partition
 from memopt.passes import FORMS, JOINT, POST_GRAD
+from memopt.passes.compress import Compress
 from memopt.passes.offload import Offload
 from memopt.pipeline import PassContext, Pipeline, configure
 from memopt.planner import Search
@@ -171,8 +172,11 @@ class Splitter:
         cost = CostModel(
             device_of(joint.nodes, self.config), fused, self.config.cost == "measured"
         )
-        offload = next((form for form in self._forms() if isinstance(form, Offload)), None)
-        problem = Problem(joint, cost, offload.link(cost.device) if offload else None)
+        forms = {type(form): form for form in self._forms()}
+        offload, compress = forms.get(Offload), forms.get(Compress)
+        link = offload.link(cost.device) if isinstance(offload, Offload) else None
+        error = compress.error if isinstance(compress, Compress) else 0.0
+        problem = Problem(joint, cost, link, error)
         search = Search(
             problem,
             fastest=None

@@ -9,6 +9,7 @@ if __name__ != "memopt.passes":
 from memopt.forms import Form
 from memopt.passes.chunk_losses import ChunkLosses
 from memopt.passes.clone_mutated_inputs import CloneMutatedInputs
+from memopt.passes.compress import Compress
 from memopt.passes.early_products import EarlyProducts
 from memopt.passes.embedding_gradients import EmbeddingGradients
 from memopt.passes.forget_inputs import ForgetInputs
@@ -47,4 +48,4 @@ POST_GRAD: tuple[Pass, ...] = (
     FuseRows(),
     OverwriteRotary(),
 )
-FORMS: tuple[Form, ...] = (PackMasks(), NarrowIntegers(), Offload())
+FORMS: tuple[Form, ...] = (PackMasks(), NarrowIntegers(), Compress(), Offload())

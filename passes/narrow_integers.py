@@ -61,6 +61,7 @@ class NarrowIntegers:
     name: ClassVar[str] = "narrow_integers"
     kind: ClassVar[str] = "narrow"
     default: ClassVar[bool] = True
+    loss: ClassVar[float] = 0.0
     least: int = 4096
 
     def fits(self, node: fx.Node, device: DeviceSpec) -> str | None:

@@ -43,6 +43,7 @@ class Offload:
     name: ClassVar[str] = "offload"
     kind: ClassVar[str] = "offload"
     default: ClassVar[bool] = False  # so far it has run in simulation only
+    loss: ClassVar[float] = 0.0
     least: int = 2**20
     host_bytes: int | None = None
     bandwidth: float | None = None

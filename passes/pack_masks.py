@@ -36,6 +36,7 @@ class PackMasks:
     name: ClassVar[str] = "pack_masks"
     kind: ClassVar[str] = "pack"
     default: ClassVar[bool] = True
+    loss: ClassVar[float] = 0.0
     least: int = 4096
     cpu: bool = False
 

@@ -71,6 +71,15 @@ def test_the_floor_that_is_named_is_a_budget_that_works() -> None:
     )
 
 
+def test_a_budget_that_a_byte_is_missing_from_is_told_from_the_floor() -> None:
+    error = through_compile()
+    assert isinstance(error, BudgetInfeasibleError)
+    floor = error.floor_bytes
+    torch._dynamo.reset()
+    with pytest.raises(BudgetInfeasibleError, match=f"{floor - 1:,} B: .* is {floor:,} B"):
+        memopt.explain(function, *matrices(), options={**OPTIONS, "memory_budget": floor - 1})
+
+
 def test_the_budget_that_is_advised_is_a_budget_that_works() -> None:
     advised = re.search(r"raise memory_budget to ([\d.]+ \w+)", str(through_compile()))
     assert advised is not None

@@ -32,7 +32,7 @@ def report() -> Report:
 
 def test_dict_holds_the_documented_keys_and_no_others(report: Report) -> None:
     shown = report.to_dict()
-    assert set(shown) == {"version", "predicted_peak_bytes", "graphs"}
+    assert set(shown) == {"version", "predicted_peak_bytes", "gradient_error", "graphs"}
     assert shown["version"] == memopt.__version__
     assert [set(graph) for graph in shown["graphs"]] == [GRAPH_KEYS]
 
