@@ -11,6 +11,11 @@ Planned on fake tensors, for a device of the table: peak with the gradients in i
 leaves for the backward on the device and on the host, and the modelled step over the modelled step
 of `inductor`. That one is torch's own partition, with no pass of memopt's.
 """
+_TUNING = """\
+What a training step of a small Llama leaves for the backward, in MiB, where a part of it is
+trained: by autograd's hooks, by torch's own partition with no pass of memopt's, and by memopt
+without a budget.
+"""
 _FRONTIER = """\
 The area under each way's curve: over every peak from the lowest that any of them reaches to that
 of a step that keeps everything, the mean share of the forward's operations that it runs again. A
@@ -22,11 +27,12 @@ _WAYS = ("memopt", "min-cut", "activation budget", "checkpoint")
 
 
 def plan_section(rows: Iterable[Row]) -> str:
-    """Both tables of a results file's rows; empty without plans."""
+    """The tables of a results file's rows; empty without plans."""
     rows = list(rows)
     parts = []
     for kind, text, table in (
         ("plan", _PLANS, _plan_table),
+        ("tuning", _TUNING, _tuning_table),
         ("frontier", _FRONTIER, _frontier_table),
     ):
         if own := [row for row in rows if row["kind"] == kind]:
@@ -58,12 +64,29 @@ def _plan_table(rows: Iterable[Row]) -> str:
     return markdown(columns, lines)
 
 
-def _frontier_table(rows: Iterable[Row]) -> str:
-    areas: dict[str, dict[str, float]] = {}
+def _tuning_table(rows: Iterable[Row]) -> str:
+    saved = _by_peer(rows, "saved_bytes")
+    lines = [
+        [
+            case,
+            *(f"{own[peer] / 2**20:.1f}" for peer in ("eager", "inductor", "memopt")),
+            f"{own['memopt'] / own['inductor']:.3f}",
+        ]
+        for case, own in saved.items()
+    ]
+    return markdown(("trained", "eager", "inductor", "memopt", "/ Inductor's"), lines)
+
+
+def _by_peer(rows: Iterable[Row], key: str) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
     for row in rows:
-        areas.setdefault(row["case"], {})[row["peer"]] = row["area"]
+        found.setdefault(row["case"], {})[row["peer"]] = row[key]
+    return found
+
+
+def _frontier_table(rows: Iterable[Row]) -> str:
     lines = [
         [case, *(f"{own[way]:.4f}" if way in own else "-" for way in _WAYS)]
-        for case, own in areas.items()
+        for case, own in _by_peer(rows, "area").items()
     ]
     return markdown(("model", *_WAYS), lines)

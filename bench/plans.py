@@ -1,8 +1,9 @@
 """Plans on fake tensors: what models save that do not fit here, and how good a search is.
 
-Two kinds of rows. Of ``plan``: peak and saved bytes, and modelled seconds, of one model under one
-configuration, beside torch's own partition of the graph without memopt's passes. Of ``frontier``:
-for every model of the zoo the peaks and recomputed operations that memopt, per-block checkpoints,
+Three kinds of rows. Of ``plan``: peak and saved bytes, and modelled seconds, of one model under
+one configuration, beside torch's own partition of the graph without memopt's passes. Of
+``tuning``: what the ways to tune a part of one model save, in eager too. Of ``frontier``: for
+every model of the zoo the peaks and recomputed operations that memopt, per-block checkpoints,
 torch's min-cut and its ``activation_memory_budget`` can be set to.
 """
 
@@ -13,10 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 import memopt
 from bench.zoo import MODELS, checkpoint_blocks
+from bench.zoo.tuning import FORMS, LowRank, adapt, tuned
 from bench.zoo.vision import resnet
+from memopt._torch import FakeTensorMode
 from memopt.backend import read_options
 from memopt.cost import flops
 from memopt.graph import OpKind
@@ -33,31 +37,8 @@ Made = tuple[nn.Module, dict[str, Tensor]]
 Point = tuple[int, float]
 # Several graphs to a step; and grouped products, which on fake tensors are of bfloat16 alone.
 _NOT_PLANNED = {"graph_break", "functorch", "float32_only"}
+_TUNED = {"vocab": 4096, "hidden": 256, "inter": 704, "batch": 4, "length": 512}
 _WITHOUT = {pass_.name: False for pass_ in (*PRE_GRAD, *JOINT, *POST_GRAD)}
-
-
-class LowRank(nn.Module):
-    """A frozen linear layer and a trained product of two narrow ones; Hu et al. (2021), LoRA."""
-
-    def __init__(self, frozen: nn.Linear, rank: int = 8) -> None:
-        super().__init__()
-        self.frozen = frozen.requires_grad_(False)
-        like: Any = {"bias": False, "dtype": frozen.weight.dtype}
-        self.down = nn.Linear(frozen.in_features, rank, **like)
-        self.up = nn.Linear(rank, frozen.out_features, **like)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.frozen(x) + self.up(self.down(x))
-        return y
-
-
-def with_low_rank(model: nn.Module, names: Sequence[str]) -> None:
-    """Freeze a model but for low-rank products at all linear layers of these names, in place."""
-    model.requires_grad_(False)
-    for module in list(model.modules()):
-        for name in names:
-            if isinstance(linear := getattr(module, name, None), nn.Linear):
-                setattr(module, name, LowRank(linear))
 
 
 def llama3_8b() -> Made:
@@ -84,7 +65,7 @@ def vit_b_lora() -> Made:
     from transformers import ViTConfig, ViTForImageClassification
 
     model = ViTForImageClassification(ViTConfig()).train()
-    with_low_rank(model, ("query", "value", "q_proj", "v_proj"))
+    adapt(model, LowRank, "query", "value", "q_proj", "v_proj")
     labels = torch.zeros(32, dtype=torch.long)
     return model, {"pixel_values": torch.randn(32, 3, 224, 224), "labels": labels}
 
@@ -119,18 +100,57 @@ PLANS = {
 
 
 def run(device: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Rows of both kinds; the device that is planned for is in the table, not here."""
+    """Rows of all kinds; the device that is planned for is in the table, not here."""
     rows = []
     for name, case in PLANS.items():
         stock: Mapping[str, Any] = {"memory_budget": None, "passes": _WITHOUT}
         for peer, options in {"inductor": stock, **case.options}.items():
             rows.append(_plan_row(name, case.make, peer, options))
             say(f"{name}: {peer}: {rows[-1]}")
+    for form in FORMS:
+        rows += _tuning_rows(form)
+        say(f"{form}: " + ", ".join(f"{r['peer']} {r['saved_bytes']}" for r in rows[-3:]))
     for name, model in MODELS.items():
         if "bench" in model.sizes and not model.tags & _NOT_PLANNED:
             rows += _frontier_rows(name)
             say(f"{name}: " + ", ".join(f"{row['peer']} {row['area']:.3f}" for row in rows[-4:]))
     return rows
+
+
+def _tuning_rows(form: str) -> list[dict[str, Any]]:
+    """What one way to tune a part of a model saves, by peer."""
+
+    def make() -> Made:
+        return tuned(form, **_TUNED)
+
+    stock: Mapping[str, Any] = {"memory_budget": None, "passes": _WITHOUT}
+    peers = {"inductor": stock, "memopt": {"memory_budget": None}}
+    planned = [_plan_row(form, make, peer, options) for peer, options in peers.items()]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        eager = eager_saved_bytes(*make())
+    own = {"kind": "tuning", "case": form, "planned_for": DEVICE}
+    return [
+        own | {"peer": "eager", "saved_bytes": eager},
+        *(own | {"peer": r["peer"], "saved_bytes": r["saved_bytes"]} for r in planned),
+    ]
+
+
+def eager_saved_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
+    """What autograd holds of one forward, beside parameters, buffers and inputs."""
+    resident = (*model.parameters(), *model.buffers(), *inputs.values())
+    known = {tensor.untyped_storage()._cdata for tensor in resident}
+    held: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            held[storage._cdata] = storage
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(**inputs)
+    del output
+    return sum(storage.nbytes() for storage in held.values())
 
 
 def _plan_row(

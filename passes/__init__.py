@@ -18,6 +18,7 @@ from memopt.passes.fuse_norms import FuseNorms
 from memopt.passes.fuse_rotary import FuseRotary
 from memopt.passes.fuse_rows import FuseRows
 from memopt.passes.narrow_integers import NarrowIntegers
+from memopt.passes.narrow_products import NarrowProducts
 from memopt.passes.offload import Offload
 from memopt.passes.overwrite_hidden_states import MarkHiddenStates, OverwriteHiddenStates
 from memopt.passes.overwrite_rotary import OverwriteRotary
@@ -40,6 +41,7 @@ JOINT: tuple[Pass, ...] = (
     MarkHiddenStates(),
     RemakeInBackward(),
     ForgetInputs(),
+    NarrowProducts(),
 )
 POST_GRAD: tuple[Pass, ...] = (
     UnshareReaders(),

@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
 from bench import plans, plot
 from bench.plan_tables import plan_section
-from bench.plans import PlanCase, area, with_low_rank
+from bench.plans import PlanCase, area
 from bench.results import header, save
 from bench.zoo import MODELS
 from tests.test_planning import make
@@ -30,24 +28,19 @@ def test_a_point_that_runs_more_again_at_a_higher_peak_does_not_count() -> None:
     assert area(curve, 10, 20, 100.0) == area(curve[::2], 10, 20, 100.0)
 
 
-def test_low_rank_products_alone_are_trained() -> None:
-    model = nn.Module()
-    model.query, model.other = nn.Linear(8, 8), nn.Linear(8, 8)
-    with_low_rank(model, ("query",))
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {"query.down.weight", "query.up.weight"}
-    assert model.query(torch.randn(3, 8)).shape == (3, 8)
-
-
-def test_rows_of_both_kinds_become_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_every_kind_become_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"half": {"memory_budget": 0.5}}
     monkeypatch.setattr(plans, "PLANS", {"small": PlanCase(lambda: make(2), options)})
     tiny = replace(MODELS["lm8"], sizes={"bench": MODELS["lm8"].sizes["tiny"]})
     monkeypatch.setattr(plans, "MODELS", {"lm8": tiny})
+    monkeypatch.setattr(plans, "FORMS", ["norms"])
+    monkeypatch.setattr(plans, "_TUNED", {})
     rows = plans.run("cpu", lambda line: None)
     stock, half = (row for row in rows if row["kind"] == "plan")
     assert half["peak_bytes"] < stock["peak_bytes"]
     assert half["saved_bytes"] < stock["saved_bytes"]
+    saved = {row["peer"]: row["saved_bytes"] for row in rows if row["kind"] == "tuning"}
+    assert saved["memopt"] <= saved["inductor"] < saved["eager"]
     areas = {row["peer"]: row["area"] for row in rows if row["kind"] == "frontier"}
     assert areas.keys() == {"memopt", "min-cut", "activation budget", "checkpoint"}
     assert all(areas["memopt"] < other for way, other in areas.items() if way != "memopt")
@@ -56,6 +49,7 @@ def test_rows_of_both_kinds_become_tables(tmp_path: Path, monkeypatch: pytest.Mo
     page = (tmp_path / "docs" / "results.md").read_text()
     assert "### plans" in page
     assert "| small | h100 | half |" in page
+    assert "| norms |" in page
 
 
 def test_without_plans_there_is_no_section() -> None:
