@@ -12,9 +12,9 @@ leaves for the backward on the device and on the host, and the modelled step ove
 of `inductor`. That one is torch's own partition, with no pass of memopt's.
 """
 _TUNING = """\
-What a training step of a small Llama leaves for the backward, in MiB, where a part of it is
-trained: by autograd's hooks, by torch's own partition with no pass of memopt's, and by memopt
-without a budget.
+What a training step of a small Llama holds between forward and backward, outputs and all, in MiB,
+where a part of it is trained: by autograd's hooks, by torch's own partition with no pass of
+memopt's, and by memopt without a budget.
 """
 _FRONTIER = """\
 The area under each way's curve: over every peak from the lowest that any of them reaches to that
@@ -65,7 +65,7 @@ def _plan_table(rows: Iterable[Row]) -> str:
 
 
 def _tuning_table(rows: Iterable[Row]) -> str:
-    saved = _by_peer(rows, "saved_bytes")
+    saved = _by_peer(rows, "held_bytes")
     lines = [
         [
             case,

@@ -2,7 +2,7 @@
 
 Three kinds of rows. Of ``plan``: peak and saved bytes, and modelled seconds, of one model under
 one configuration, beside torch's own partition of the graph without memopt's passes. Of
-``tuning``: what the ways to tune a part of one model save, in eager too. Of ``frontier``: for
+``tuning``: what the ways to tune a part of one model hold, in eager too. Of ``frontier``: for
 every model of the zoo the peaks and recomputed operations that memopt, per-block checkpoints,
 torch's min-cut and its ``activation_memory_budget`` can be set to.
 """
@@ -20,7 +20,7 @@ import memopt
 from bench.zoo import MODELS, checkpoint_blocks
 from bench.zoo.tuning import FORMS, LowRank, adapt, tuned
 from bench.zoo.vision import resnet
-from memopt._torch import FakeTensorMode
+from memopt._torch import FakeTensorMode, pytree
 from memopt.backend import read_options
 from memopt.cost import flops
 from memopt.graph import OpKind
@@ -109,7 +109,7 @@ def run(device: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
             say(f"{name}: {peer}: {rows[-1]}")
     for form in FORMS:
         rows += _tuning_rows(form)
-        say(f"{form}: " + ", ".join(f"{r['peer']} {r['saved_bytes']}" for r in rows[-3:]))
+        say(f"{form}: " + ", ".join(f"{r['peer']} {r['held_bytes']}" for r in rows[-3:]))
     for name, model in MODELS.items():
         if "bench" in model.sizes and not model.tags & _NOT_PLANNED:
             rows += _frontier_rows(name)
@@ -118,7 +118,7 @@ def run(device: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
 
 
 def _tuning_rows(form: str) -> list[dict[str, Any]]:
-    """What one way to tune a part of a model saves, by peer."""
+    """What one way to tune a part of a model holds between the halves, by peer."""
 
     def make() -> Made:
         return tuned(form, **_TUNED)
@@ -127,16 +127,19 @@ def _tuning_rows(form: str) -> list[dict[str, Any]]:
     peers = {"inductor": stock, "memopt": {"memory_budget": None}}
     planned = [_plan_row(form, make, peer, options) for peer, options in peers.items()]
     with FakeTensorMode(allow_non_fake_inputs=True):
-        eager = eager_saved_bytes(*make())
+        eager = eager_held_bytes(*make())
     own = {"kind": "tuning", "case": form, "planned_for": DEVICE}
     return [
-        own | {"peer": "eager", "saved_bytes": eager},
-        *(own | {"peer": r["peer"], "saved_bytes": r["saved_bytes"]} for r in planned),
+        own | {"peer": "eager", "held_bytes": eager},
+        *(
+            own | {"peer": r["peer"], "held_bytes": r["saved_bytes"] + r["output_bytes"]}
+            for r in planned
+        ),
     ]
 
 
-def eager_saved_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
-    """What autograd holds of one forward, beside parameters, buffers and inputs."""
+def eager_held_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
+    """What autograd and the caller hold of a forward, beside parameters, buffers and inputs."""
     resident = (*model.parameters(), *model.buffers(), *inputs.values())
     known = {tensor.untyped_storage()._cdata for tensor in resident}
     held: dict[int, Any] = {}
@@ -149,7 +152,8 @@ def eager_saved_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model(**inputs)
-    del output
+    for tensor in pytree.tree_leaves(output):
+        pack(tensor)
     return sum(storage.nbytes() for storage in held.values())
 
 
@@ -168,6 +172,7 @@ def _plan_row(
         "planned_for": DEVICE,
         "peak_bytes": timeline.peak_bytes,
         "saved_bytes": sum(r.nbytes for r in timeline.ranges if r.role == "saved"),
+        "output_bytes": sum(r.nbytes for r in timeline.ranges if r.role == "output"),
         "host_bytes": graph.host_bytes,
         "step_seconds": graph.step_seconds,
         "kept_step_seconds": graph.baseline_step_seconds,

@@ -87,6 +87,9 @@ def _compress(x: Tensor, bits: int, group: int) -> Tensor:
     """
     own = QUANTISE(x, bits, group, is_symmetric(bits))
     kept = _room(x, bits, group)
+    ends = [0, *(end for end, _, _ in _layout(x.shape, x.dtype, bits, group))]
+    for end in ends[:-1]:
+        kept[end : end + _ALIGNMENT].zero_()  # equal values, equal bytes
     for part, made in zip(_parts(kept, x.shape, x.dtype, bits, group), own, strict=True):
         part.copy_(made)
     return kept

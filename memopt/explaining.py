@@ -65,16 +65,19 @@ def explain(
         raise
     report = Report(tuple(records))
     if any(row.kind == Compress.kind for graph in records for row in graph.decisions):
-        exact = {"passes": {**config.passes, Compress.name: False}, "memory_budget": "min"}
+        exact: dict[str, Any] = {
+            "passes": {**config.passes, Compress.name: False},
+            "memory_budget": "min",
+        }
         reference = torch.compile(
-            forward, backend="memopt", dynamic=dynamic, options={**(options or {}), **exact}
+            forward, backend="memopt", dynamic=dynamic, options={**dict(options or {}), **exact}
         )
-        error = _gradient_error((compiled, reference), model, inputs, kwargs)
-        report = dataclasses.replace(report, gradient_error=error)
+        off = _gradient_error((compiled, reference), model, inputs, kwargs)
+        report = dataclasses.replace(report, gradient_error=off)
         allowed = configure(Compress(), config).error
-        if error > allowed:
+        if off > allowed:
             warnings.warn(
-                f"the gradient is off by {error:.1e} of its norm on these inputs, and the pass "
+                f"the gradient is off by {off:.1e} of its norm on these inputs, and the pass "
                 f"'compress' allows {allowed:.1e}: allow fewer values by a lower 'error', hold "
                 f"them in 8 bits, or switch the pass off",
                 stacklevel=2,

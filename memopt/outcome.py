@@ -1,6 +1,7 @@
 """What planning one joint graph came to, and the plan files that belong to a graph."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from memopt.chunking import chunk_rows
 from memopt.errors import PlanError
@@ -23,6 +24,7 @@ class Outcome:
         limit_bytes: the bound that it was asked to meet, or None.
         fits: whether the model says that it meets it.
         seconds: wall-clock time of planning.
+        cut: as in `Plan`.
     """
 
     problem: Problem
@@ -31,6 +33,7 @@ class Outcome:
     limit_bytes: int | None
     fits: bool
     seconds: float = 0.0
+    cut: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def plan(self) -> Plan:
@@ -44,6 +47,7 @@ class Outcome:
             budget_bytes=self.limit_bytes,
             solver=self.chosen.origin,
             chunk_rows=chunk_rows(joint),
+            cut=self.cut,
         )
 
     def decisions(self) -> tuple[DecisionRow, ...]:
@@ -72,17 +76,26 @@ class Outcome:
         return tuple(sorted(rows, key=lambda row: (-row.nbytes, row.name)))
 
 
+def read_plan(path: str) -> Plan:
+    """A plan file.
+
+    Raises:
+        PlanError: the file cannot be read.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return Plan.from_json(file.read())
+    except OSError as error:
+        raise PlanError(f"cannot read the plan {path!r}: {error.strerror}") from error
+
+
 def load_plan(joint: JointGraph, path: str) -> Plan:
     """A plan file that belongs to this graph.
 
     Raises:
         PlanError: the file cannot be read, or was made for another graph.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            plan = Plan.from_json(file.read())
-    except OSError as error:
-        raise PlanError(f"cannot read the plan {path!r}: {error.strerror}") from error
+    plan = read_plan(path)
     own = graph_fingerprint(joint)
     if plan.fingerprint != own:
         raise PlanError(

@@ -22,6 +22,7 @@ class Plan:
         budget_bytes: the bound it was made under, or None.
         solver: which search found it.
         chunk_rows: rows of a chunk, by name of the chunked operator's node.
+        cut: pieces of the stretches that are as wide as a value, by its name.
     """
 
     fingerprint: str
@@ -31,6 +32,7 @@ class Plan:
     budget_bytes: int | None
     solver: str
     chunk_rows: Mapping[str, int] = field(default_factory=dict)
+    cut: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Serialise: the same plan gives the same text."""
@@ -42,6 +44,7 @@ class Plan:
             "peak_bytes": self.peak_bytes,
             "seconds": round(self.seconds, 9),
             "chunk_rows": dict(sorted(self.chunk_rows.items())),
+            "cut": dict(sorted(self.cut.items())),
             "saved": sorted(self.saved),
         }
         return json.dumps(body, indent=1)
@@ -69,7 +72,8 @@ class Plan:
                 seconds=float(body["seconds"]),
                 budget_bytes=None if body["budget_bytes"] is None else int(body["budget_bytes"]),
                 solver=str(body["solver"]),
-                chunk_rows={str(n): int(r) for n, r in dict(body["chunk_rows"]).items()},
+                chunk_rows=_counts(body["chunk_rows"]),
+                cut=_counts(body.get("cut", {})),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"the plan's field is missing or malformed: {error}") from error
@@ -79,6 +83,12 @@ def _names(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise TypeError(f"'saved' is {value!r}, a list of names is expected")
     return tuple(value)
+
+
+def _counts(value: object) -> dict[str, int]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{value!r}, numbers by name are expected")
+    return {str(name): int(count) for name, count in value.items()}
 
 
 def fingerprint(lines: list[str]) -> str:

@@ -1,7 +1,7 @@
 """Joint graph in, forward and backward out: passes, planning and partition, for any lowering."""
 
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from memopt._torch import (
     choose_saved_values_set,
     classify_nodes,
     cleanup_recompute_tags,
+    copy_graph,
     force_save_bw_mutation_src,
     force_save_collectives,
     force_save_effectful_ops,
@@ -33,19 +34,25 @@ from memopt.device import DEVICES, DeviceSpec, device_spec, spec_for_product
 from memopt.forms import Form, offer
 from memopt.graph import INLINED, tensors
 from memopt.joint import JointGraph, index_joint_graph
-from memopt.outcome import Outcome, load_plan
+from memopt.liveness import Liveness
+from memopt.outcome import Outcome, load_plan, read_plan
 from memopt.partition import partition
-from memopt.passes import FORMS, JOINT, POST_GRAD
+from memopt.passes import CUT_ROWS, FORMS, JOINT, POST_GRAD
 from memopt.passes.compress import Compress
+from memopt.passes.cut_rows import alive_at_peak
 from memopt.passes.offload import Offload
 from memopt.pipeline import PassContext, Pipeline, configure
 from memopt.planner import Search
 from memopt.problem import Candidate, Problem
+from memopt.remarks import RemarkKind
 
 # Share of the budget that a first attempt leaves free: where loops merge in a way that the model
 # does not see, the emitted code was at most this much above it on most graphs, and trying again
 # costs as much as compiling.
 _FIRST_MARGIN = 0.02
+
+# Pieces are smaller products, and are put together in the end: a gain below this is not worth it.
+_WORTH_A_CUT = 0.99
 
 Halves = tuple[fx.GraphModule, fx.GraphModule]
 
@@ -82,11 +89,9 @@ class Splitter:
         gm = _tidy(gm)
         Pipeline("joint", JOINT).run(gm, self.ctx)
         static = [*(static_lifetime_input_indices or ())]
-        info = classify_nodes(gm, static, num_fwd_outputs)
-        stock = self._stock(gm, info)
-        offer(gm.graph, self._forms(), self.ctx, device_of(gm.graph.nodes, self.config))
-        joint = index_joint_graph(gm, info, num_fwd_outputs=num_fwd_outputs)
-        outcome = self._plan(joint, stock)
+        draft = self._draft(_Joint(gm, static, num_fwd_outputs))
+        gm, info, outcome = draft.gm, draft.info, draft.outcome
+        joint = outcome.problem.joint
         self.outcomes.append(outcome)
         trace_structured(
             "artifact",
@@ -103,6 +108,59 @@ class Splitter:
             Pipeline("post_grad", POST_GRAD).run(half, self.ctx)
         return halves
 
+    def _draft(self, joint: "_Joint") -> "_Draft":
+        """Plan; where nothing fits, and for the lowest peak, cut what is widest into pieces."""
+        if self.config.plan is not None:
+            return self._planned(joint.cut(read_plan(self.config.plan).cut), self.ctx)
+        start = time.perf_counter()
+        first = best = self._planned(joint.cut({}), self.ctx)
+        lowest = self.config.memory_budget.kind == "min"
+        cutter = configure(CUT_ROWS, self.config)
+        if self.config.memory_budget.kind == "none" or not self.config.enabled(cutter.name):
+            return best
+        name = None
+        pieces = 2
+        while pieces <= cutter.most and (lowest or not best.outcome.fits):
+            name = name or cutter.first(joint.gm.graph, alive_at_peak(first.liveness))
+            if name is None:
+                break
+            try:
+                unheard = PassContext(self.config)  # what it would say has been said
+                trial = self._planned(joint.cut({name: pieces}), unheard, first.outcome)
+            except Exception as error:
+                if self.config.strict:
+                    raise
+                text = f"left alone: it raised {type(error).__name__}: {error}"
+                self.ctx.remark(cutter.name, RemarkKind.MISSED, text)
+                break
+            if trial.liveness.peak_bytes > _WORTH_A_CUT * best.liveness.peak_bytes:
+                break
+            best = trial
+            pieces *= 2
+        for name, pieces in best.outcome.cut.items():
+            text = f"what is as wide as {name} is computed in {pieces} pieces of its rows"
+            self.ctx.remark(cutter.name, RemarkKind.APPLIED, text)
+        seconds = time.perf_counter() - start
+        return replace(best, outcome=replace(best.outcome, seconds=seconds))
+
+    def _planned(
+        self, joint: "_Joint", ctx: PassContext, uncut: Outcome | None = None
+    ) -> "_Draft":
+        """One graph's plan.
+
+        Args:
+            joint: the graph; changed.
+            ctx: where forms speak.
+            uncut: of the same graph before it was cut, which the budget may be a fraction of.
+        """
+        gm = joint.gm
+        info = classify_nodes(gm, joint.static, joint.num_fwd_outputs)
+        stock = self._stock(gm, info)
+        offer(gm.graph, self._forms(), ctx, device_of(gm.graph.nodes, self.config))
+        indexed = index_joint_graph(gm, info, num_fwd_outputs=joint.num_fwd_outputs)
+        outcome = self._plan(indexed, stock, uncut)
+        return _Draft(gm, info, replace(outcome, cut=joint.pieces))
+
     def _stock(self, gm: fx.GraphModule, info: NodeInfo) -> set[str] | None:
         """What torch's own partition saves, to start from; eager's lowering has none."""
         return stock_saved_set(gm, info) if self.config.lowering == "inductor" else None
@@ -114,19 +172,21 @@ class Splitter:
         named = [f for f in FORMS if self.config.enabled(f.name, default=f.default)]
         return [configure(form, self.config) for form in named]
 
-    def _plan(self, joint: JointGraph, stock: Collection[str] | None) -> Outcome:
+    def _plan(
+        self, joint: JointGraph, stock: Collection[str] | None, uncut: Outcome | None
+    ) -> Outcome:
         """Plan; where the peak is too high in a chunked operator, halve its chunks and again.
 
         Chunks are doubled where that costs no byte: within the budget or, with none, below the
         peak of the rest of the step.
         """
         start = time.perf_counter()
-        outcome = best = self._search(joint, stock)
+        outcome = best = self._search(joint, stock, uncut)
         rows = chunk_rows(joint)
         while not best.fits or self.config.memory_budget.kind == "min":
             if self.config.plan is not None or not halve_chunks(joint, outcome.chosen):
                 break
-            outcome = self._search(joint, stock)
+            outcome = self._search(joint, stock, uncut)
             if outcome.chosen.peak_bytes < best.chosen.peak_bytes:
                 best, rows = outcome, chunk_rows(joint)
         set_chunk_rows(joint, rows)
@@ -164,7 +224,9 @@ class Splitter:
         fused = self.config.lowering == "inductor"
         return limit_bytes - (int(limit_bytes * _FIRST_MARGIN) if fused else 0)
 
-    def _search(self, joint: JointGraph, stock: Collection[str] | None) -> Outcome:
+    def _search(
+        self, joint: JointGraph, stock: Collection[str] | None, uncut: Outcome | None
+    ) -> Outcome:
         fused = self.config.lowering == "inductor"
         plan = None if self.config.plan is None else load_plan(joint, self.config.plan)
         if plan is not None:
@@ -185,7 +247,8 @@ class Splitter:
             solver=self.config.solver,
             time_limit=self.config.solver_seconds,
         )
-        limit = self.config.memory_budget.limit_bytes(search.everything_kept.peak_bytes)
+        kept = (uncut.search if uncut else search).everything_kept.peak_bytes
+        limit = self.config.memory_budget.limit_bytes(kept)
         if limit is not None:
             limit -= self.held_bytes
         if plan is not None:
@@ -199,6 +262,45 @@ class Splitter:
             if chosen is None and self.margin_bytes is None:
                 chosen = search.plan(limit)
         return Outcome(problem, search, chosen or search.floor, limit, chosen is not None)
+
+
+@dataclass(frozen=True)
+class _Joint:
+    """A joint graph as it was traced.
+
+    Attributes:
+        gm: the graph.
+        static: positions of inputs that never move.
+        num_fwd_outputs: how many results are the forward's.
+        pieces: how it was cut, as in `Plan`.
+    """
+
+    gm: fx.GraphModule
+    static: list[int]
+    num_fwd_outputs: int
+    pieces: Mapping[str, int] = field(default_factory=dict)
+
+    def cut(self, pieces: Mapping[str, int]) -> "_Joint":
+        """A copy, cut."""
+        gm = fx.GraphModule(self.gm, copy_graph(self.gm.graph))
+        for name, count in pieces.items():
+            CUT_ROWS(gm.graph, name, count)
+        gm.recompile()
+        return replace(self, gm=gm, pieces=pieces)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A joint graph with a plan for it."""
+
+    gm: fx.GraphModule
+    info: NodeInfo
+    outcome: Outcome
+
+    @property
+    def liveness(self) -> Liveness:
+        """Of the plan."""
+        return self.outcome.chosen.liveness
 
 
 def device_of(nodes: Iterable[fx.Node], config: Config) -> DeviceSpec:

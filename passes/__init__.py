@@ -10,6 +10,8 @@ from memopt.forms import Form
 from memopt.passes.chunk_losses import ChunkLosses
 from memopt.passes.clone_mutated_inputs import CloneMutatedInputs
 from memopt.passes.compress import Compress
+from memopt.passes.cut_rows import CutRows
+from memopt.passes.early_gradients import EarlyGradients
 from memopt.passes.early_products import EarlyProducts
 from memopt.passes.embedding_gradients import EmbeddingGradients
 from memopt.passes.forget_inputs import ForgetInputs
@@ -42,6 +44,7 @@ JOINT: tuple[Pass, ...] = (
     RemakeInBackward(),
     ForgetInputs(),
     NarrowProducts(),
+    EarlyGradients(),
 )
 POST_GRAD: tuple[Pass, ...] = (
     UnshareReaders(),
@@ -51,3 +54,4 @@ POST_GRAD: tuple[Pass, ...] = (
     OverwriteRotary(),
 )
 FORMS: tuple[Form, ...] = (PackMasks(), NarrowIntegers(), Compress(), Offload())
+CUT_ROWS = CutRows()

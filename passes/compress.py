@@ -71,7 +71,7 @@ class Compress:
         largest = math.sqrt(2 * math.log(2 * self.group))
         symmetric = is_symmetric(self.bits)
         steps = 2 ** (self.bits - 1) - 1 if symmetric else (2**self.bits - 1) / 2
-        return largest / steps / math.sqrt(12)
+        return float(largest / steps / math.sqrt(12))
 
     def fits(self, node: fx.Node, device: DeviceSpec) -> str | None:
         """As ``Form.fits``."""
@@ -103,7 +103,7 @@ class Compress:
 
 def _is_first_result(node: fx.Node) -> bool:
     """Of several: the others of a library call are statistics, masks and the state of a draw."""
-    return node.target is operator.getitem and node.args[1] == 0
+    return node.target is operator.getitem and bool(node.args[1] == 0)
 
 
 def _is_statistic(node: fx.Node) -> bool:

@@ -63,11 +63,19 @@ class NarrowProducts:
 
 @dataclass(frozen=True)
 class _Choice:
-    """``operator(value, dimension, *rest)``, of a dimension of a product."""
+    """Of a dimension of a product: a range, as ``slice`` takes it, or positions."""
 
     dimension: int
-    operator: Any
-    rest: tuple[Any, ...]
+    range: tuple[Any, ...] = ()
+    positions: fx.Node | None = None
+
+    def of(self, graph: fx.Graph, factor: fx.Node) -> fx.Node:
+        """What it leaves of a factor."""
+        if self.positions is None:
+            part = aten.slice.Tensor, factor, self.dimension, *self.range
+        else:
+            part = aten.index.Tensor, factor, [*([None] * self.dimension), self.positions]
+        return call(graph, *part, like=factor)
 
 
 @dataclass(frozen=True)
@@ -133,11 +141,11 @@ _TURNS: dict[Any, Callable[..., bool]] = {
 
 
 def _slice(dimension: int = 0, *rest: Any) -> Iterator[_Choice]:
-    yield _Choice(dimension, aten.slice.Tensor, rest)
+    yield _Choice(dimension, rest)
 
 
 def _select(dimension: int, index: fx.Node) -> Iterator[_Choice]:
-    yield _Choice(dimension, aten.index_select.default, (index,))
+    yield _Choice(dimension, positions=index)
 
 
 def _index(indices: Sequence[fx.Node | None]) -> Iterator[_Choice]:
@@ -153,7 +161,7 @@ def _cut(pads: Sequence[int], *_: Any) -> Iterator[_Choice]:
     if all(isinstance(pad, int) and pad <= 0 for pad in pads):
         for at in range(0, len(pads), 2):
             end = pads[at + 1] or 2**63 - 1
-            yield _Choice(1 - at // 2, aten.slice.Tensor, (-pads[at], end))
+            yield _Choice(1 - at // 2, (-pads[at], end))
 
 
 _CHOICES: dict[Any, Callable[..., Iterator[_Choice]]] = {
@@ -166,14 +174,14 @@ _CHOICES: dict[Any, Callable[..., Iterator[_Choice]]] = {
 
 def _narrowed(graph: fx.Graph, product: fx.Node, part: _Part, late: set[fx.Node]) -> fx.Node:
     """The part, computed alone; in order in memory, whatever the part's strides were."""
-    factors = []
+    factors: list[fx.Node] = []
     with graph.inserting_before(part.node):
-        for dimension, factor in enumerate(product.args[:2]):
+        for dimension, whole in enumerate(product.args[:2]):
+            factor: Any = whole
             for choice in part.choices:
                 if choice.dimension == dimension:
-                    less = choice.operator, factor, dimension, *choice.rest
-                    factor = call(graph, *less, like=factor)
-            if factor is not product.args[dimension] and _is_held(product.args[dimension], late):
+                    factor = choice.of(graph, factor)
+            if factor is not whole and _is_held(whole, late):
                 factor = call(graph, aten.clone.default, factor, like=factor)
             factors.append(factor)
         if part.turned:

@@ -86,13 +86,17 @@ class Beside(nn.Module):
         self.step = nn.Linear(width, width)
         self.out = nn.Linear(width, hidden)
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        inner = self.model.model(input_ids=input_ids, output_hidden_states=True)
-        state = torch.zeros_like(self.into[0](inner.last_hidden_state))
-        for layer, into in zip(inner.hidden_states[1:], self.into, strict=True):
-            state = torch.tanh(into(layer) + self.step(state))
-        logits = self.model.lm_head(inner.last_hidden_state + self.out(state))
-        return {"loss": F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())}
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        inner = self.model.model
+        x = inner.embed_tokens(input_ids)
+        places = torch.arange(x.shape[1], device=x.device)[None]
+        rotary = inner.rotary_emb(x, places)
+        state = torch.zeros_like(self.into[0](x))
+        for layer, into in zip(inner.layers, self.into, strict=True):
+            x = layer(x, position_embeddings=rotary)
+            state = torch.tanh(into(x) + self.step(state))
+        logits = self.model.lm_head(inner.norm(x) + self.out(state))
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
 def adapt(model: nn.Module, make: Callable[[nn.Linear], nn.Module], *names: str) -> nn.Module:
@@ -122,7 +126,7 @@ def peft_low_rank(model: nn.Module) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
-    tuned: nn.Module = get_peft_model(model, config)  # type: ignore[arg-type]
+    tuned: nn.Module = get_peft_model(model, config)
     return tuned
 
 

@@ -52,7 +52,11 @@ def held(report: memopt.Report) -> int:
 @pytest.mark.parametrize("lowering", ["eager", "inductor"])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_gradient_is_off_by_what_explain_says(bits: int, lowering: str) -> None:
-    options = {"compress": {"bits": bits}, "lowering": lowering, "memory_budget": 0.7}
+    options: dict[str, Any] = {
+        "compress": {"bits": bits},
+        "lowering": lowering,
+        "memory_budget": 0.7,
+    }
     report = explained(**options)
     assert held(report) > 0
     assert report.gradient_error is not None
@@ -62,11 +66,8 @@ def test_the_gradient_is_off_by_what_explain_says(bits: int, lowering: str) -> N
     exact = torch.autograd.grad(model(x), list(model.parameters()))
     passes = {Compress.name: {"least": 1024, "error": 1.0, "bits": bits}}
     torch._dynamo.reset()
-    compiled = torch.compile(
-        model,
-        backend="memopt",
-        options={"lowering": lowering, "memory_budget": 0.7, "passes": passes},
-    )
+    settings: Any = {"lowering": lowering, "memory_budget": 0.7, "passes": passes}
+    compiled = torch.compile(model, backend="memopt", options=settings)
     mine = torch.autograd.grad(compiled(x), list(model.parameters()))
     off = sum(float((a - b).square().sum()) for a, b in zip(mine, exact, strict=True))
     total = sum(float(b.square().sum()) for b in exact)
@@ -132,7 +133,7 @@ def offered(function: Function, *args: Tensor) -> set[str]:
 
 def test_attention_statistics_and_draws_are_not_offered() -> None:
     def attention(x: Tensor, w: Tensor) -> tuple[Tensor]:
-        q, k, v = (x @ w).view(2, 4, 64, 96).split(32, -1)
+        q, k, v = torch.split((x @ w).view(2, 4, 64, 96), 32, -1)
         y = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
         return (F.layer_norm(y, (32,)).square().sum(),)
 

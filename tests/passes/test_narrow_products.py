@@ -16,6 +16,7 @@ from memopt.config import Config
 from memopt.graph import aten
 from memopt.passes.narrow_products import NarrowProducts
 from memopt.pipeline import PassContext, Pipeline
+from tests.passes.backwards import traced
 from tests.references import assert_equal_in_float64
 
 ROWS, COLUMNS = 48, 32  # of the weight that a block is trained of
@@ -27,13 +28,6 @@ def written(weight: Tensor, block: Tensor) -> Tensor:
     return weight
 
 
-def written_twice(weight: Tensor, block: Tensor) -> Tensor:
-    weight = weight.clone()
-    weight[:12, 26:] = 2 * block
-    weight[20:32, 4:10] = block
-    return weight
-
-
 def joined(weight: Tensor, block: Tensor) -> Tensor:
     middle = torch.cat((weight[8:20, :4], block, weight[8:20, 10:]), 1)
     return torch.cat((weight[:8], middle, weight[20:]))
@@ -41,6 +35,10 @@ def joined(weight: Tensor, block: Tensor) -> Tensor:
 
 def padded(weight: Tensor, block: Tensor) -> Tensor:
     return weight + F.pad(block, (4, COLUMNS - 10, 8, ROWS - 20))
+
+
+def padded_twice(weight: Tensor, block: Tensor) -> Tensor:
+    return padded(weight, block) + F.pad(2 * block, (COLUMNS - 6, 0, 0, ROWS - 12))
 
 
 def rows(weight: Tensor, block: Tensor) -> Tensor:
@@ -59,7 +57,7 @@ def put_columns(weight: Tensor, block: Tensor) -> Tensor:
     return weight
 
 
-FORMS = (written, joined, padded, rows, put_rows, put_columns)
+FORMS = (written, joined, padded, padded_twice, rows, put_rows, put_columns)
 Form = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -94,7 +92,7 @@ def test_the_gradient_of_a_block_is_eager_s(form: Form, lowering: str) -> None:
     block = arguments[-1]
     mine, expected = (torch.autograd.grad(f(*arguments), block) for f in (compiled, function))
     assert_equal_in_float64(mine, expected)
-    assert mine[0].stride() == expected[0].stride()
+    assert mine[0].is_contiguous()
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f.__name__)
@@ -103,17 +101,8 @@ def test_no_more_of_the_input_is_held_than_meets_the_block(form: Form) -> None:
     narrow = explained(function, arguments)
     whole = explained(function, arguments, **{NarrowProducts.name: False})
     assert narrow.rewrites[NarrowProducts.name] >= 1
-    held = 64 * COLUMNS * 8
-    if form in (rows, put_rows):  # all columns of the input meet them
-        assert narrow.saved_bytes == whole.saved_bytes
-    else:
-        assert narrow.saved_bytes <= whole.saved_bytes - held + 64 * 6 * 8
-
-
-def test_two_blocks_are_two_products() -> None:
-    function, arguments = layer(written_twice)
-    graph = explained(function, arguments)
-    assert graph.rewrites[NarrowProducts.name] == 1
+    columns = COLUMNS if form is rows else 12 if form is padded_twice else 6
+    assert narrow.saved_bytes <= whole.saved_bytes - 64 * (COLUMNS - columns) * 8
 
 
 def alone(function: Callable[..., Any], *arguments: Tensor, **options: Any) -> fx.GraphModule:
@@ -122,7 +111,7 @@ def alone(function: Callable[..., Any], *arguments: Tensor, **options: Any) -> f
     def backward(tangents: Tensor, *others: Tensor) -> Any:
         return function(tangents, *others)
 
-    gm = make_fx(backward, tracing_mode="fake")(*arguments)
+    gm = traced(backward, *arguments)
     passes = {NarrowProducts.name: options} if options else {}
     config = Config.from_options({"strict": True, "passes": passes})
     Pipeline("test", [NarrowProducts()]).run(gm, PassContext(config))
@@ -136,7 +125,7 @@ def products(gm: fx.GraphModule) -> list[tuple[int, ...]]:
 
 A, B = torch.randn(20, 12, dtype=torch.float64), torch.randn(12, 16, dtype=torch.float64)
 LEFT_ALONE: dict[str, Callable[[Tensor, Tensor], Any]] = {
-    "its parts are all of it": lambda a, b: (a @ b).split(5),
+    "its parts are all of it": lambda a, b: torch.split(a @ b, 5),
     "its parts are more": lambda a, b: [(c := a @ b)[:12], c[4:16], c[8:]],
     "it is changed first": lambda a, b: torch.tanh(a @ b)[:4],
     "it is reshaped first": lambda a, b: (a @ b).view(-1)[:4],
