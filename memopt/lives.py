@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
-from memopt.graph import OpKind, is_scatter, overwrites
+from memopt.graph import OpKind, is_scatter, overwrites, packet_name
 from memopt.joint import JointGraph
 
 # Inductor writes a value with several readers to memory once it reads more buffers than
@@ -122,6 +122,7 @@ class FusedHalf(Half):
     ) -> None:
         kept = tuple(kept)
         self.written = read_by_library_calls(joint, order) | storages_of(joint, kept)
+        self.written |= draws_read_by_reductions(joint, order)
         self.readers = Counter(chain.from_iterable(joint.inputs[i] for i in order))
         self.loops: list[tuple[int, int, set[int]]] = []  # step, result, what it may replace
         super().__init__(joint, order, start=start, held=held, kept=kept)
@@ -172,6 +173,24 @@ class FusedHalf(Half):
             if reusable := sources.intersection(lives):
                 lives.remove(life := max(reusable))
                 self.last[life] = step - 1
+
+
+def draws_read_by_reductions(joint: JointGraph, order: Iterable[int]) -> set[int]:
+    """Storages of random numbers that a reduction reads, if only through loops.
+
+    Numbers are drawn in one long loop, which does not become one with a reduction's rows.
+    """
+    ran = set(order)
+    stack = [i for i in ran if joint.kind[i] is OpKind.REDUCTION]
+    seen, draws = set(stack), set[int]()
+    while stack:
+        for u in joint.inputs[stack.pop()]:
+            if u in ran and u not in seen and joint.kind[u] in (OpKind.POINTWISE, OpKind.VIEW):
+                seen.add(u)
+                stack.append(u)
+                if packet_name(joint.nodes[u].target) == "prims.inductor_random":
+                    draws.update(joint.allocates[u])
+    return draws
 
 
 def read_by_library_calls(joint: JointGraph, order: Iterable[int]) -> set[int]:
