@@ -12,7 +12,12 @@ import torch
 from torch import fx, nn
 
 from memopt import diagnosis
-from memopt._torch import BackendCompilerFailed, FakeTensorMode, no_truncated_normals
+from memopt._torch import (
+    BackendCompilerFailed,
+    FakeTensorMode,
+    dynamo_config,
+    no_truncated_normals,
+)
 from memopt.backend import read_options
 from memopt.config import Config
 from memopt.errors import BudgetInfeasibleError, ConfigError
@@ -84,8 +89,11 @@ def plan_with(
         with no_truncated_normals():
             model, inputs = make()
         forward = model.forward if isinstance(model, nn.Module) else model
+        # Code that models share is compiled anew by every call, which is not what a limit is for.
+        unlimited = dynamo_config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31)
         try:
-            torch.compile(forward, backend=backend, dynamic=False)(**inputs)
+            with unlimited:
+                torch.compile(forward, backend=backend, dynamic=False)(**inputs)
         except BackendCompilerFailed as error:
             if error.inner_exception is not None:
                 raise error.inner_exception from None

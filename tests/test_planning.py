@@ -1,5 +1,6 @@
 """Plans on fake tensors: those of a compilation, in no memory, for a device that is not here."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -134,3 +135,15 @@ def test_what_is_asked_wrongly_is_told_in_one_line(
     told = capsys.readouterr().err
     assert told.startswith("memopt: ")
     assert reason in told
+
+
+def test_more_plans_than_dynamo_compiles_of_one_function() -> None:
+    """As when `advise` tries many sizes: code that models share is met once in each."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=4):
+        makers = [functools.partial(make, batch) for batch in range(1, 6)]
+        reports = [memopt.plan_for(maker, device="cpu") for maker in makers]
+        assert torch._dynamo.config.recompile_limit == 2
+    peaks = [report.predicted_peak_bytes for report in reports]
+    assert peaks == sorted(set(peaks))
+    assert peaks[0] > 0
