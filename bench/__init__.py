@@ -4,11 +4,6 @@ Run ``python -m bench list`` to see the cases and ``python -m bench run`` to mea
 """
 
 import os
-import sys
-
-# Started from the checkout, the folder `kernels` lies on the import path, and transformers takes
-# it for the Hugging Face package of that name. None here is Python's way to say "not installed".
-sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 # Read when torch is imported. The profiler behind `Meter` announces each start and stop on stderr,
 # and the allocator warns of releases that `Meter` leaves out on purpose.

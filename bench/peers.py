@@ -16,6 +16,11 @@ class PeakOf:
 
 
 Budget = int | float | str | None | PeakOf
+_OFFLOADS = {
+    "eager": "saved values on the host by `torch.autograd.graph.save_on_cpu`",
+    "inductor": "`torch._functorch.config.enable_activation_offloading`, values from 1 MiB marked",
+    "memopt": "the pass `offload` on",
+}
 _COMPILERS = {"eager": "no compilation", "inductor": "`torch.compile`", "memopt": "memopt"}
 
 
@@ -27,6 +32,7 @@ class Peer:
         name: how results refer to it.
         compiler: what runs the step.
         checkpoint: whether every block runs under `torch.utils.checkpoint`.
+        offload: whether saved values may lie on the host, by each compiler's own means.
         activation_budget: functorch's ``activation_memory_budget``, a share of saved bytes.
         memory_budget: memopt's option of that name; a `PeakOf` is turned into bytes.
         auto_chunker: whether Inductor's own chunking of losses is on.
@@ -36,6 +42,7 @@ class Peer:
     name: str
     compiler: Literal["eager", "inductor", "memopt"]
     checkpoint: bool = False
+    offload: bool = False
     activation_budget: float | None = None
     memory_budget: Budget = None
     auto_chunker: bool = False
@@ -49,6 +56,8 @@ class Peer:
             words.append(_budget_in_words(self.memory_budget))
         if self.checkpoint:
             words.append("every block under `torch.utils.checkpoint`")
+        if self.offload:
+            words.append(_OFFLOADS[self.compiler])
         if self.activation_budget is not None:
             share = f"{self.activation_budget:g}"
             setting = f"torch._functorch.config.activation_memory_budget = {share}"
@@ -61,6 +70,8 @@ class Peer:
 
     def unavailable(self, device: str) -> str | None:
         """Why it cannot run on this kind of device here, or None if it can."""
+        if self.offload and device == "cpu":
+            return "the CPU has no other memory to hold values in"
         return None if self.library is None else LIBRARIES[self.library].unavailable(device)
 
     def is_timed_on(self, device: str) -> bool:
@@ -97,6 +108,16 @@ PEERS: Mapping[str, Peer] = {
         Peer(name="memopt", compiler="memopt"),
         Peer(name="memopt 0.5", compiler="memopt", memory_budget=0.5),
         Peer(name="memopt min", compiler="memopt", memory_budget="min"),
+        Peer(name="eager+offload", compiler="eager", offload=True),
+        Peer(name="eager+checkpoint+offload", compiler="eager", checkpoint=True, offload=True),
+        Peer(name="inductor+offload", compiler="inductor", offload=True),
+        Peer(name="memopt+offload min", compiler="memopt", offload=True, memory_budget="min"),
+        Peer(
+            name="memopt+offload @ half of inductor",
+            compiler="memopt",
+            offload=True,
+            memory_budget=PeakOf("inductor", 0.5),
+        ),
         Peer(
             name="memopt @ half of inductor",
             compiler="memopt",
@@ -119,7 +140,14 @@ HEADS = (
     "eager", "inductor", "inductor auto-chunker", "inductor linear_cross_entropy",
     "inductor+liger", "inductor+cut_cross_entropy", "memopt", "memopt min",
 )  # fmt: skip
-ALL = tuple(name for name, peer in PEERS.items() if not peer.auto_chunker and not peer.library)
+OFFLOADS = (
+    "eager", "eager+checkpoint", "eager+offload", "eager+checkpoint+offload", "inductor",
+    "inductor+offload", "memopt", "memopt @ half of inductor",
+    "memopt+offload @ half of inductor", "memopt+offload min",
+)  # fmt: skip
+ALL = tuple(
+    name for name, peer in PEERS.items() if not (peer.auto_chunker or peer.library or peer.offload)
+)
 CORE = (
     "eager", "inductor", "inductor+checkpoint",
     "memopt", "memopt min", "memopt @ half of inductor",

@@ -21,6 +21,7 @@ import memopt
 from bench.cases import Case
 from bench.libraries import LIBRARIES, Library
 from bench.meter import Meter
+from bench.offloading import Offloaded, offload_in_inductor
 from bench.peers import Peer
 from bench.zoo import MODELS, FusedHead, LossOnly, checkpoint_blocks, step
 
@@ -79,14 +80,20 @@ def compile_for(
     if peer.activation_budget is not None:
         torch._functorch.config.activation_memory_budget = peer.activation_budget
     if peer.compiler == "eager":
-        return module
+        return Offloaded(module) if peer.offload else module
     if peer.compiler == "inductor":
+        if peer.offload:
+            offload_in_inductor()
         torch._inductor.config.auto_chunker.enable = peer.auto_chunker
         if peer.library is None:
             return torch.compile(module)
         return _with_library(LIBRARIES[peer.library], module, device)
-    options: dict[str, Any] = {"memory_budget": budget}
-    return torch.compile(module, backend="memopt", options=options)
+    return torch.compile(module, backend="memopt", options=memopt_options(peer, budget))
+
+
+def memopt_options(peer: Peer, budget: int | float | str | None) -> dict[str, Any]:
+    """As ``torch.compile`` and ``memopt.explain`` take them."""
+    return {"memory_budget": budget, "passes": {"offload": True} if peer.offload else {}}
 
 
 def _with_library(library: Library, module: Any, device: str) -> nn.Module:
@@ -188,7 +195,7 @@ class Session:
         if self.job.peer.compiler != "memopt":
             return None
         inputs: dict[str, Any] = dict(self.inputs)
-        options = {"memory_budget": self.job.memory_budget}
+        options = memopt_options(self.job.peer, self.job.memory_budget)
         return memopt.explain(self.module, **inputs, options=options).predicted_peak_bytes
 
     def time(self, steps: int) -> list[tuple[float, float]]:

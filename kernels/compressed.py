@@ -1,9 +1,9 @@
 """A tensor as codes of 8 or 4 bits and their scales, in one buffer, and back.
 
-What ``memopt.kernels.quantise`` returns as several tensors lies in one, so that it is held as one:
-all codes, then all scales, then, of 4 bits, all zero points.
+What ``memopt.kernels.quantise`` or ``memopt.kernels.float8`` returns as several tensors lies in
+one, so that it is held as one: all codes, then all scales, then, of 4 bits, all zero points.
 
-Pays and does not: as `memopt.kernels.quantise`.
+Pays and does not: as these.
 
 Legend: as there; ``n`` bytes of the buffer.
 """
@@ -16,14 +16,19 @@ import torch
 from torch import Tensor
 
 from memopt._torch import size_hint
+from memopt.errors import ConfigError
 from memopt.kernels import quantise
+from memopt.kernels.float8 import from_float8, to_float8
 from memopt.kernels.quantise import DEQUANTISE, QUANTISE, groups_of, packed_width
 from memopt.kernels.wide import wide_dtype
 
-torch.library.define("memopt::compress", "(Tensor x, int bits, int group) -> Tensor")
+torch.library.define(
+    "memopt::compress", "(Tensor x, int bits, int group, bool floats=False) -> Tensor"
+)
 torch.library.define(
     "memopt::decompress",
-    "(Tensor kept, SymInt[] shape, ScalarType dtype, int bits, int group) -> Tensor",
+    "(Tensor kept, SymInt[] shape, ScalarType dtype, int bits, int group, bool floats=False) "
+    "-> Tensor",
 )
 COMPRESS = torch.ops.memopt.compress.default
 DECOMPRESS = torch.ops.memopt.decompress.default
@@ -71,13 +76,14 @@ def _parts(
 
 
 @torch.library.impl("memopt::compress", "default")
-def _compress(x: Tensor, bits: int, group: int) -> Tensor:
+def _compress(x: Tensor, bits: int, group: int, floats: bool = False) -> Tensor:
     """The buffer.
 
     Args:
         x: `(..., H)`, float32 or wider, bfloat16 or float16.
         bits: 8 or 4.
         group: entries of a group, a power of two from 16 to 1024.
+        floats: whether codes float, instead of integers; of 8 bits.
 
     Returns:
         `(n,)`, uint8.
@@ -85,19 +91,24 @@ def _compress(x: Tensor, bits: int, group: int) -> Tensor:
     Raises:
         ConfigError: for other bits and groups, and a tensor without dimensions.
     """
-    own = QUANTISE(x, bits, group, is_symmetric(bits))
-    kept = _room(x, bits, group)
+    kept = _room(x, bits, group, floats)
+    own = to_float8(x, group) if floats else QUANTISE(x, bits, group, is_symmetric(bits))
     ends = [0, *(end for end, _, _ in _layout(x.shape, x.dtype, bits, group))]
     for end in ends[:-1]:
         kept[end : end + _ALIGNMENT].zero_()  # equal values, equal bytes
-    for part, made in zip(_parts(kept, x.shape, x.dtype, bits, group), own, strict=True):
+    for part, made in zip(_parts(kept, x.shape, x.dtype, bits, group), own, strict=False):
         part.copy_(made)
     return kept
 
 
 @torch.library.impl("memopt::decompress", "default")
 def _decompress(
-    kept: Tensor, shape: Sequence[int], dtype: torch.dtype, bits: int, group: int
+    kept: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    bits: int,
+    group: int,
+    floats: bool = False,
 ) -> Tensor:
     """Numbers from the buffer.
 
@@ -107,23 +118,31 @@ def _decompress(
         dtype: of what was compressed.
         bits: 8 or 4.
         group: entries of a group.
+        floats: as ``compress`` was given.
 
     Returns:
         Of this shape and dtype, contiguous.
     """
     parts = _parts(kept, shape, dtype, bits, group)
+    if floats:
+        return from_float8(parts[0], parts[1], shape, dtype, group)
     x: Tensor = DEQUANTISE(*parts, list(shape), dtype, bits, group)
     return x
 
 
-def _room(x: Tensor, bits: int, group: int) -> Tensor:
-    quantise.check(x.dim(), bits, group)
+def _room(x: Tensor, bits: int, group: int, floats: bool = False) -> Tensor:
+    check(x.dim(), bits, group, floats)
     return x.new_empty(compressed_bytes(x.shape, x.dtype, bits, group), dtype=torch.uint8)
 
 
-def _numbers(
-    kept: Tensor, shape: Sequence[int], dtype: torch.dtype, bits: int, group: int
-) -> Tensor:
+def check(dimensions: int, bits: int, group: int, floats: bool) -> None:
+    """Raise ``ConfigError`` for what cannot be compressed."""
+    quantise.check(dimensions, bits, group)
+    if floats and bits != 8:
+        raise ConfigError(f"floats=True with bits={bits!r}: allowed is 8")
+
+
+def _numbers(kept: Tensor, shape: Sequence[int], dtype: torch.dtype, *_: Any, **__: Any) -> Tensor:
     return kept.new_empty(shape, dtype=dtype)
 
 
@@ -131,21 +150,29 @@ torch.library.register_fake("memopt::compress", _room)
 torch.library.register_fake("memopt::decompress", _numbers)
 
 
-def compress_scratch(x: Tensor, bits: int, group: int) -> int:
+def compress_scratch(x: Tensor, bits: int, group: int, floats: bool = False) -> int:
     """Bytes that ``compress`` allocates besides its result: the parts, and what they take."""
     shape = [size_hint(size) for size in x.shape]
     parts = compressed_bytes(shape, x.dtype, bits, group)
+    if floats:
+        return parts + quantise.plain_scratch(x, bits, group, symmetric=True)
     return parts + quantise.SPEC.scratch(x, bits, group, is_symmetric(bits))
 
 
 def decompress_scratch(
-    kept: Tensor, shape: Sequence[Any], dtype: torch.dtype, bits: int, group: int
+    kept: Tensor,
+    shape: Sequence[Any],
+    dtype: torch.dtype,
+    bits: int,
+    group: int,
+    floats: bool = False,
 ) -> int:
     """The same of ``decompress``, whose parts are views."""
     sizes = [size_hint(size) for size in shape]
-    return quantise.DEQUANTISE_SPEC.scratch(
-        *_fake_parts(kept, sizes, dtype, bits, group), sizes, dtype, bits, group
-    )
+    parts = _fake_parts(kept, sizes, dtype, bits, group)
+    if floats:
+        return quantise.plain_dequantise_scratch(parts[1], sizes, dtype, bits, group)
+    return quantise.DEQUANTISE_SPEC.scratch(*parts, sizes, dtype, bits, group)
 
 
 def _fake_parts(

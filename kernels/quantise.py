@@ -90,13 +90,13 @@ def _quantise(x: Tensor, bits: int, group: int, symmetric: bool) -> Results:
     check(x.dim(), bits, group)
     if not x.numel():
         return unwritten(x, bits, group, symmetric)
-    z = _grouped(x, group, wide_dtype(x))
+    z = grouped(x, group, wide_dtype(x))
     low, high = z.aminmax(dim=-1)
     if symmetric:
-        scale = _scale(torch.maximum(-low, high), 2 ** (bits - 1) - 1)
+        scale = step_of(torch.maximum(-low, high), 2 ** (bits - 1) - 1)
         z.mul_(scale.reciprocal()[..., None]).round_().add_(2 ** (bits - 1))
     else:
-        scale = _scale(high - low, 2**bits - 1)
+        scale = step_of(high - low, 2**bits - 1)
         low.masked_fill_(scale.isnan(), torch.nan)
         z.sub_(low[..., None]).mul_(scale.reciprocal()[..., None]).round_()
     codes = z.nan_to_num_(0.0).to(torch.uint8).flatten(-2)[..., : x.shape[-1]]
@@ -104,13 +104,13 @@ def _quantise(x: Tensor, bits: int, group: int, symmetric: bool) -> Results:
     return packed, scale, z.new_empty(0) if symmetric else low
 
 
-def _scale(span: Tensor, steps: int) -> Tensor:
+def step_of(span: Tensor, steps: float) -> Tensor:
     """The step of so many that cover a span; NaN where it is too wide, or NaN."""
     scale = (span / steps).clamp_(min=_SMALLEST_SCALE)
     return scale.masked_fill_(~(span <= torch.finfo(span.dtype).max / 2), torch.nan)
 
 
-def _grouped(t: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+def grouped(t: Tensor, group: int, dtype: torch.dtype) -> Tensor:
     """A copy `(..., G, group)`; the last group is filled up with the row's last entry."""
     *rows, width = t.shape
     z = t.new_empty(*rows, groups_of(width, group) * group, dtype=dtype)
@@ -155,7 +155,7 @@ def _dequantise(
     check_packed(packed, scale, zero, shape, bits, group)
     if not packed.numel():
         return (packed.new_empty(shape, dtype=dtype),)
-    z = _grouped(_whole(packed, shape[-1]) if bits == 4 else packed, group, scale.dtype)
+    z = grouped(_whole(packed, shape[-1]) if bits == 4 else packed, group, scale.dtype)
     if zero.numel():
         z.mul_(scale[..., None]).add_(zero[..., None])
     else:
@@ -220,8 +220,11 @@ torch.library.register_fake("memopt::dequantise", _unwritten_numbers)
 
 
 def _scratch(x: Tensor, bits: int, group: int, symmetric: bool) -> int:
-    if serves(x):
-        return copied_bytes(x)
+    return copied_bytes(x) if serves(x) else plain_scratch(x, bits, group, symmetric)
+
+
+def plain_scratch(x: Tensor, bits: int, group: int, symmetric: bool) -> int:
+    """Bytes that the operators of ``quantise`` allocate besides its results, without a kernel."""
     width, wide = size_hint(x.shape[-1]), wide_dtype(x).itemsize
     rows = size_hint(x.numel()) // max(1, width)
     groups: int = rows * groups_of(width, group)
@@ -240,8 +243,13 @@ def _dequantise_scratch(
     bits: int,
     group: int,
 ) -> int:
-    if serves(packed):
-        return 0
+    return 0 if serves(packed) else plain_dequantise_scratch(scale, shape, dtype, bits, group)
+
+
+def plain_dequantise_scratch(
+    scale: Tensor, shape: list[Any], dtype: torch.dtype, bits: int, group: int
+) -> int:
+    """The same of ``dequantise``."""
     entries = math.prod(size_hint(size) for size in shape)
     grouped = size_hint(scale.numel()) * group * scale.element_size()
     is_result = dtype == scale.dtype and size_hint(shape[-1]) % group == 0

@@ -138,6 +138,7 @@ def make_record(split: Splitter, proof: Proof) -> GraphRecord:
     search, chosen = outcome.search, outcome.chosen
     _say_what_is_random(split, outcome)
     shared["remarks"] = tuple(ctx.remarks)
+    away = outcome.problem.away_bytes(chosen.saved)
     return GraphRecord(
         **shared,
         training=True,
@@ -158,7 +159,8 @@ def make_record(split: Splitter, proof: Proof) -> GraphRecord:
         ),
         step_seconds=outcome.problem.step_seconds(chosen),
         baseline_step_seconds=outcome.problem.step_seconds(search.everything_kept),
-        host_bytes=outcome.problem.host_bytes(chosen.saved),
+        host_bytes=away.get("offload", 0),
+        file_bytes=away.get("file", 0),
         stall_seconds=chosen.stall_seconds,
     )
 

@@ -13,6 +13,8 @@ from memopt._torch import OpOverload, is_sym_node, pytree, size_expr, size_hint
 
 aten = torch.ops.aten
 prims = torch.ops.prims
+TURNS = (aten.t.default, aten.permute.default, aten.transpose.int)
+"""Operators that only change the order of dimensions."""
 
 
 class OpKind(enum.IntEnum):

@@ -8,12 +8,14 @@ import torch
 from torch import fx
 
 from memopt._torch import (
+    CustomGraphPass,
     CustomPartitionerFn,
     aot_autograd,
     capture_output_code,
     compile_fx,
     functorch_config,
     get_decompositions,
+    inductor_config,
     inductor_handlers,
     select_decomp_table,
 )
@@ -57,6 +59,25 @@ class Partitioner(CustomPartitionerFn):
         return self.key
 
 
+class ForwardCutter(CustomGraphPass):
+    """The splitter as Inductor's hook on graphs that have no backward; its identity is ``key``."""
+
+    def __init__(self, key: str, split: Splitter) -> None:
+        self.key = key
+        self.split = split
+
+    def __call__(self, graph: fx.Graph) -> None:
+        if not self.split.outcomes:  # no half of a step
+            self.split.cut_forward(graph)
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"key": self.key}
+
+    def uuid(self) -> str:
+        """Identity in the compile caches."""
+        return self.key
+
+
 def lower_with_inductor(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
@@ -89,11 +110,10 @@ def lower_with_inductor(
             stack.enter_context(capture_output_code(sink))
         if not trust_cache:
             stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
-        compiled: Any = compile_fx(
-            gm,
-            inputs,
-            config_patches={**patches, "custom_partitioner_fn": Partitioner(key, split)},
-        )
+        hooks: dict[str, Any] = {"custom_partitioner_fn": Partitioner(key, split)}
+        if split.cuts_forwards and inductor_config.post_grad_custom_pre_pass is None:
+            hooks["post_grad_custom_pre_pass"] = ForwardCutter(key, split)
+        compiled: Any = compile_fx(gm, inputs, config_patches={**patches, **hooks})
     return cast(Compiled, compiled)
 
 
@@ -107,9 +127,17 @@ def lower_eagerly(gm: fx.GraphModule, inputs: Sequence[Any], split: Splitter) ->
     Eager's kernels are kept, but for ``mse_loss``, whose scalar result on the CPU keeps a buffer
     of the inputs' size alive, and ``softplus_backward``, whose strides are not the traced ones.
     """
+
+    def cut_and_interpret(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        if split.cuts_forwards:
+            split.cut_forward(gm.graph)
+            gm.recompile()
+        return _interpret(gm, inputs)
+
     compiler = aot_autograd(
         fw_compiler=_interpret,
         bw_compiler=_interpret,
+        inference_compiler=cut_and_interpret,
         partition_fn=split,
         decompositions=get_decompositions([aten.mse_loss, aten.softplus_backward]),
     )

@@ -29,7 +29,7 @@ _MAX_TIGHTEN = 6
 _MAX_SPENDS = 28
 _MAX_DESCENT = 60
 _CLEARLY_LOWER = 0.9
-# What a byte's way to the host and back is worth: nothing where the link is idle, and at most the
+# What a value's way to the host and back is worth: nothing where the link is idle, and at most the
 # time that it takes, where every copy is waited for.
 _LINK_SHARES = (0.0, 0.05, 0.3, 2.0)
 
@@ -236,16 +236,15 @@ class Search:
         are waited for.
         """
         problem = self.problem
-        if problem.link is None:
+        if not problem.links:
             return []
         sets: dict[frozenset[int], float] = {}
         for share in _LINK_SHARES:
             for price in np.geomspace(*self._prices(), _LINK_LEVELS):
-                away = share / problem.link.bandwidth
-                sets.setdefault(problem.cut(lambda i, p=price: p, away), price)  # type: ignore[misc]
+                sets.setdefault(problem.cut(lambda i, p=price: p, share), price)  # type: ignore[misc]
         known = {level.saved for level in self.levels}
         return [
-            problem.evaluate(s, f"price {p:.1e} s/B", bandwidth=float("inf"))
+            problem.evaluate(s, f"price {p:.1e} s/B", waits=False)
             for s, p in sets.items()
             if s not in known
         ]

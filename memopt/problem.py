@@ -1,7 +1,7 @@
 """The planning problem: prices of saving and recomputing each node, and exact evaluation."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from memopt._torch import is_sym_node
@@ -47,14 +47,14 @@ class Problem:
     Attributes:
         joint: the graph.
         cost: seconds and scratch bytes of each node.
-        link: to the host; None where nothing may be held there.
+        links: to where values may be held off the device, by the kind of form; the nearest first.
         error: bound on the gradient's error, over its norm, by values that do not come back as
             they were.
     """
 
     joint: JointGraph
     cost: CostModel
-    link: Link | None = None
+    links: Mapping[str, Link] = field(default_factory=dict)
     error: float = 0.0
 
     @cached_property
@@ -142,9 +142,7 @@ class Problem:
         """Time of the forward half."""
         return sum(self.forward_share)
 
-    def evaluate(
-        self, saved: Iterable[int], origin: str, *, bandwidth: float | None = None
-    ) -> Candidate:
+    def evaluate(self, saved: Iterable[int], origin: str, *, waits: bool = True) -> Candidate:
         """Schedule the two halves for a saved set, and measure it exactly under the model.
 
         What may not run twice, such as a random draw, is added to the set where it is missing.
@@ -152,7 +150,7 @@ class Problem:
         Args:
             saved: joint-graph indices of the nodes to save.
             origin: which search found it.
-            bandwidth: of the link to the host, instead of its own.
+            waits: whether copies to the host take time.
         """
         saved = self._within_error(self._within_host(self.joint.settled(saved)))
         schedule = make_schedule(self.joint, saved)
@@ -161,10 +159,9 @@ class Problem:
         if misused := self._misused(schedule):
             schedule = make_schedule(self.joint, _as_they_are(schedule.saved, misused))
         stall = 0.0
-        if self.link and (away := self._away(schedule.saved)):
-            schedule, stall = place_copies(
-                schedule, away, self.seconds, bandwidth or self.link.bandwidth
-            )
+        if away := self._away(schedule.saved):
+            copies = {e: self.link_seconds(e) if waits else 0.0 for e in away}
+            schedule, stall = place_copies(schedule, copies, self.seconds)
         liveness = analyse(schedule, self.workspace, fused=self.cost.fused)
         recompute = sum(self.seconds[i] for i in schedule.recomputed)
         traffic = self.cost.traffic_seconds(liveness.saved_bytes)
@@ -204,22 +201,38 @@ class Problem:
 
     def link_seconds(self, encoding: Encoding) -> float:
         """Time of a value's way to the host; as long again for the way back."""
-        return encoding.host_nbytes / self.link.bandwidth if self.link else 0.0
+        away = encoding.host_nbytes
+        return away / self.links[encoding.kind].bandwidth if away else 0.0
 
     def holding_seconds(self, encoding: Encoding) -> float:
         """What a value's other form costs at most: where its way to the host is waited for."""
         return self.encoding_seconds[encoding.encoded] + 2 * self.link_seconds(encoding)
 
     def _within_host(self, saved: frozenset[int]) -> frozenset[int]:
-        """The same set, with no more on the host than it may hold; the rest stays as it is."""
-        limit = self.link.host_bytes if self.link else None
-        left = float("inf") if limit is None else limit
-        for encoding in self._away(saved):
-            if encoding.host_nbytes > left:
-                saved = saved - {encoding.encoded} | {encoding.source}
-            else:
-                left -= encoding.host_nbytes
+        """The same set, with no more at the end of each link than it may hold.
+
+        What has no room goes to the next link's end, the first values of the step before others,
+        since they are away for the longest; without another link, the last ones stay.
+        """
+        kinds = [*self.links]
+        for at, kind in enumerate(kinds):
+            limit = self.links[kind].host_bytes
+            if limit is None:
+                continue
+            further = {e.source: e for e in self._offered(kinds[at + 1 :])}
+            here = [e for e in self._offered([kind]) if e.encoded in saved]
+            left = float(limit)
+            for encoding in reversed(here) if further else here:
+                if encoding.host_nbytes <= left:
+                    left -= encoding.host_nbytes
+                    continue
+                next_ = further.get(encoding.source)
+                elsewhere = next_.encoded if next_ else encoding.source
+                saved = saved - {encoding.encoded} | {elsewhere}
         return saved
+
+    def _offered(self, kinds: Collection[str]) -> list[Encoding]:
+        return [e for e in self.joint.encodings if e.kind in kinds]
 
     def _within_error(self, saved: frozenset[int]) -> frozenset[int]:
         """The same set, with no more values rounded than the gradient's error allows.
@@ -274,18 +287,21 @@ class Problem:
                 misused |= read
         return misused
 
-    def host_bytes(self, saved: Collection[int]) -> int:
-        """Bytes on the host."""
-        return sum(e.host_nbytes for e in self._away(saved))
+    def away_bytes(self, saved: Collection[int]) -> dict[str, int]:
+        """Bytes at the end of each link, by the kind of form."""
+        held = dict.fromkeys(self.links, 0)
+        for encoding in self._away(saved):
+            held[encoding.kind] += encoding.host_nbytes
+        return held
 
-    def cut(self, price: Callable[[int], float], link_price: float = INFINITE) -> frozenset[int]:
+    def cut(self, price: Callable[[int], float], link_share: float = INFINITE) -> frozenset[int]:
         """The cheapest saved set when saving node ``i`` costs ``price(i)`` seconds per byte.
 
         Each value is saved in its cheapest form.
 
         Args:
             price: of a byte on the device.
-            link_price: seconds per byte on the host, for its way there and back.
+            link_share: how much of a copy's time its value on the host costs, there and back.
         """
         traffic = self.cost.traffic_seconds(1)
         save = [
@@ -296,7 +312,7 @@ class Problem:
         for encoding in self.joint.encodings:
             whole = save[encoding.encoded] + self.encoding_seconds[encoding.encoded]
             if encoding.host_nbytes:
-                whole += encoding.host_nbytes * link_price
+                whole += link_share * self.link_seconds(encoding)
             if whole < save[encoding.source]:
                 save[encoding.source] = whole
                 form[encoding.source] = encoding.encoded

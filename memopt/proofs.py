@@ -51,7 +51,8 @@ class Proof:
         if not split.outcomes:
             budget = split.config.memory_budget
             bounded = budget.kind == "bytes"
-            return cls(certificate, int(budget.value) - split.held_bytes if bounded else None)
+            limit = int(budget.value) - split.held_bytes if bounded else None
+            return cls(certificate, limit, fits=split.forward is None or split.forward.fits)
         outcome = split.outcomes[-1]
         liveness: Liveness = outcome.chosen.liveness
         emitted = certificate if isinstance(certificate, Certificate) else None

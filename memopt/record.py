@@ -56,6 +56,7 @@ class GraphRecord:
         step_seconds: modelled time of both halves.
         baseline_step_seconds: the same with every value kept.
         host_bytes: bytes of values that are held in the host's memory.
+        file_bytes: bytes of values that are held in files.
         stall_seconds: modelled time that the step waits for their copies.
     """
 
@@ -81,4 +82,5 @@ class GraphRecord:
     step_seconds: float = 0.0
     baseline_step_seconds: float = 0.0
     host_bytes: int = 0
+    file_bytes: int = 0
     stall_seconds: float = 0.0

@@ -153,6 +153,7 @@ def _graph_dict(graph: GraphRecord) -> dict[str, Any]:
         "step_seconds": _finite(graph.step_seconds),
         "baseline_step_seconds": _finite(graph.baseline_step_seconds),
         "host_bytes": graph.host_bytes,
+        "file_bytes": graph.file_bytes,
         "stall_seconds": _finite(graph.stall_seconds),
         "planning_seconds": _finite(graph.planning_seconds),
         "solver": graph.solver,
@@ -218,9 +219,10 @@ def _figures(graph: GraphRecord) -> Iterator[tuple[str, str]]:
             f"{format_seconds(graph.recompute_seconds)} a step"
             + (f", {share:.1%} of the forward" if share and math.isfinite(share) else ""),
         )
-        if graph.host_bytes:
+        if graph.host_bytes or graph.file_bytes:
+            files = f", {format_bytes(graph.file_bytes)} in files" if graph.file_bytes else ""
             waits = f"waited for {format_seconds(graph.stall_seconds)} a step"
-            yield "on the host", f"{format_bytes(graph.host_bytes)}, {waits}"
+            yield "on the host", f"{format_bytes(graph.host_bytes)}{files}, {waits}"
         counts, sizes = Counter[str](), Counter[str]()
         for row in graph.decisions:
             counts[row.kind] += 1

@@ -40,7 +40,7 @@ from memopt.partition import partition
 from memopt.passes import CUT_ROWS, FORMS, JOINT, POST_GRAD
 from memopt.passes.compress import Compress
 from memopt.passes.cut_rows import alive_at_peak
-from memopt.passes.offload import Offload
+from memopt.passes.offload import Offload, OffloadToFiles
 from memopt.pipeline import PassContext, Pipeline, configure
 from memopt.planner import Search
 from memopt.problem import Candidate, Problem
@@ -68,6 +68,7 @@ class Splitter:
         margin_bytes: how far below the budget to aim, since the last attempt overshot; None on
             the first attempt, which leaves what the model of a fusing lowering usually misses.
         outcomes: one per joint graph split so far.
+        forward: what planning a graph without a backward came to, where it was asked for.
     """
 
     config: Config
@@ -75,6 +76,7 @@ class Splitter:
     held_bytes: int = 0
     margin_bytes: int | None = None
     outcomes: list[Outcome] = field(default_factory=list, init=False)
+    forward: Outcome | None = field(default=None, init=False)
 
     def __call__(
         self,
@@ -107,6 +109,24 @@ class Splitter:
                     node.meta[INLINED] = True
             Pipeline("post_grad", POST_GRAD).run(half, self.ctx)
         return halves
+
+    @property
+    def cuts_forwards(self) -> bool:
+        """Whether the budget bounds graphs without a backward: a share is one of training's."""
+        return self.config.memory_budget.kind in ("bytes", "min") and self.config.plan is None
+
+    def cut_forward(self, graph: fx.Graph) -> None:
+        """Cut what is widest in a graph without a backward, where it does not fit otherwise.
+
+        Args:
+            graph: changed in place.
+        """
+        gm: Any = graph.owning_module
+        (output,) = graph.find_nodes(op="output")
+        draft = self._draft(_Joint(gm, [], len(output.all_input_nodes)))
+        self.forward = draft.outcome
+        for name, pieces in draft.outcome.cut.items():
+            CUT_ROWS(graph, name, pieces)
 
     def _draft(self, joint: "_Joint") -> "_Draft":
         """Plan; where nothing fits, and for the lowest peak, cut what is widest into pieces."""
@@ -234,11 +254,11 @@ class Splitter:
         cost = CostModel(
             device_of(joint.nodes, self.config), fused, self.config.cost == "measured"
         )
-        forms = {type(form): form for form in self._forms()}
-        offload, compress = forms.get(Offload), forms.get(Compress)
-        link = offload.link(cost.device) if isinstance(offload, Offload) else None
-        error = compress.error if isinstance(compress, Compress) else 0.0
-        problem = Problem(joint, cost, link, error)
+        forms = self._forms()
+        away = [form for form in forms if isinstance(form, Offload | OffloadToFiles)]
+        links = {form.kind: form.link(cost.device) for form in away}
+        error = max((form.error for form in forms if isinstance(form, Compress)), default=0.0)
+        problem = Problem(joint, cost, links, error)
         search = Search(
             problem,
             fastest=None

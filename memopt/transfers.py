@@ -10,7 +10,7 @@ as late as the later ones allow is scheduling by latest deadlines (Lawler, 1973)
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -20,11 +20,11 @@ from memopt.schedule import Schedule
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """Between a device and its host.
+    """Between a device and its host, or a disk of it.
 
     Attributes:
         bandwidth: bytes per second, in each direction.
-        host_bytes: what the host may hold, or None for all that it has.
+        host_bytes: what may lie at its other end, or None for all that there is room for.
     """
 
     bandwidth: float
@@ -36,12 +36,12 @@ class Trip:
     """A value that leaves the device and comes back.
 
     Attributes:
-        nbytes: its size.
+        seconds: of a copy in either direction.
         made: the step that makes it.
         read: the first step that reads it again.
     """
 
-    nbytes: int
+    seconds: float
     made: int
     read: int
 
@@ -60,7 +60,7 @@ class Stay:
 
 
 def schedule_trips(
-    seconds: Sequence[float], boundary: int, trips: Sequence[Trip], bandwidth: float
+    seconds: Sequence[float], boundary: int, trips: Sequence[Trip]
 ) -> tuple[list[Stay], float]:
     """Time every copy of a step.
 
@@ -68,7 +68,6 @@ def schedule_trips(
         seconds: of each step, by itself.
         boundary: the first step of the backward; by then every copy to the host has ended.
         trips: the values, in any order.
-        bandwidth: bytes per second in each direction.
 
     Returns:
         When each value is on the device; the seconds that the step waits for copies.
@@ -77,17 +76,17 @@ def schedule_trips(
     starts = [0.0, *ends[:-1]]
     left, engine = [0.0] * len(trips), 0.0
     for i in sorted(range(len(trips)), key=lambda i: (trips[i].made, i)):
-        engine = max(engine, ends[trips[i].made]) + trips[i].nbytes / bandwidth
+        engine = max(engine, ends[trips[i].made]) + trips[i].seconds
         left[i] = engine
     turn = starts[boundary] if boundary < len(starts) else ends[-1]
     waited = max(0.0, engine - turn)
     back, due = [0.0] * len(trips), float("inf")
     for i in sorted(range(len(trips)), key=lambda i: (-trips[i].read, -i)):
-        due = min(due, starts[trips[i].read]) - trips[i].nbytes / bandwidth
+        due = min(due, starts[trips[i].read]) - trips[i].seconds
         back[i] = max(due, turn)
     engine = late = 0.0
     for i in sorted(range(len(trips)), key=lambda i: (trips[i].read, i)):
-        engine = max(engine, back[i] + late) + trips[i].nbytes / bandwidth
+        engine = max(engine, back[i] + late) + trips[i].seconds
         late = max(late, engine - starts[trips[i].read])
     stays = [
         Stay(
@@ -100,15 +99,14 @@ def schedule_trips(
 
 
 def place_copies(
-    schedule: Schedule, offloaded: Sequence[Encoding], seconds: Sequence[float], bandwidth: float
+    schedule: Schedule, offloaded: Mapping[Encoding, float], seconds: Sequence[float]
 ) -> tuple[Schedule, float]:
     """Start each copy back as early as the link needs, and hold each value until it has left.
 
     Args:
         schedule: each copy back stands right before its first reader.
-        offloaded: the values that are held on the host.
+        offloaded: the values that are held on the host, each with the seconds of a copy.
         seconds: of each node.
-        bandwidth: bytes per second between device and host, in each direction.
 
     Returns:
         The schedule; the seconds that the step waits for copies.
@@ -116,8 +114,8 @@ def place_copies(
     boundary, order = len(schedule.forward), (*schedule.forward, *schedule.backward)
     made = {i: at for at, i in enumerate(schedule.forward)}
     read = {i: at for at, i in enumerate(schedule.backward, boundary)}
-    trips = [Trip(e.host_nbytes, made[e.encoded], read[e.decoded]) for e in offloaded]
-    stays, waited = schedule_trips([seconds[i] for i in order], boundary, trips, bandwidth)
+    trips = [Trip(copy, made[e.encoded], read[e.decoded]) for e, copy in offloaded.items()]
+    stays, waited = schedule_trips([seconds[i] for i in order], boundary, trips)
     starting: dict[int, list[int]] = {}
     for _, first, decoded in sorted(
         (trip.read, stay.first, e.decoded)

@@ -11,6 +11,7 @@ from memopt.passes.chunk_losses import ChunkLosses
 from memopt.passes.clone_mutated_inputs import CloneMutatedInputs
 from memopt.passes.compress import Compress
 from memopt.passes.cut_rows import CutRows
+from memopt.passes.early_backward import EarlyBackward
 from memopt.passes.early_gradients import EarlyGradients
 from memopt.passes.early_products import EarlyProducts
 from memopt.passes.embedding_gradients import EmbeddingGradients
@@ -21,7 +22,7 @@ from memopt.passes.fuse_rotary import FuseRotary
 from memopt.passes.fuse_rows import FuseRows
 from memopt.passes.narrow_integers import NarrowIntegers
 from memopt.passes.narrow_products import NarrowProducts
-from memopt.passes.offload import Offload
+from memopt.passes.offload import Offload, OffloadToFiles
 from memopt.passes.overwrite_hidden_states import MarkHiddenStates, OverwriteHiddenStates
 from memopt.passes.overwrite_rotary import OverwriteRotary
 from memopt.passes.pack_masks import PackMasks
@@ -45,6 +46,7 @@ JOINT: tuple[Pass, ...] = (
     ForgetInputs(),
     NarrowProducts(),
     EarlyGradients(),
+    EarlyBackward(),
 )
 POST_GRAD: tuple[Pass, ...] = (
     UnshareReaders(),
@@ -53,5 +55,5 @@ POST_GRAD: tuple[Pass, ...] = (
     FuseRows(),
     OverwriteRotary(),
 )
-FORMS: tuple[Form, ...] = (PackMasks(), NarrowIntegers(), Compress(), Offload())
+FORMS: tuple[Form, ...] = (PackMasks(), NarrowIntegers(), Compress(), Offload(), OffloadToFiles())
 CUT_ROWS = CutRows()

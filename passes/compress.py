@@ -1,4 +1,4 @@
-"""Hold a value as codes of 8 or 4 bits, with a scale for each group of a row.
+"""Hold a value as codes of 8 or 4 bits, whole or floating, with a scale for each group of a row.
 
 The backward reads numbers that are off by half a step of their group at most. So the form is used
 only where the options name it, within a bound on the error of the gradient, and never for what
@@ -24,8 +24,7 @@ from torch import fx
 from memopt.device import DeviceSpec
 from memopt.errors import ConfigError
 from memopt.graph import OpKind, is_random, is_view, op_kind, packet_name
-from memopt.kernels import quantise
-from memopt.kernels.compressed import COMPRESS, DECOMPRESS, is_symmetric
+from memopt.kernels.compressed import COMPRESS, DECOMPRESS, check, is_symmetric
 from memopt.passes.joint_nodes import call
 
 
@@ -35,6 +34,8 @@ class Compress:
 
     Attributes:
         bits: of a code, 8 or 4.
+        floats: whether codes of 8 bits float, for groups whose numbers differ by orders of
+            magnitude; the error of others is larger.
         group: entries that share a scale, a power of two from 16 to 1024.
         error: bound on the gradient's error, over its norm. A plan holds as many values so as
             keep within it if their roundings are independent, and their numbers normal; what a
@@ -49,12 +50,13 @@ class Compress:
     kind: ClassVar[str] = "compress"
     default: ClassVar[bool] = False
     bits: int = 8
+    floats: bool = False
     group: int = 128
     error: float = 0.05
     least: int = 2**18
 
     def __post_init__(self) -> None:
-        quantise.check(1, self.bits, self.group)
+        check(1, self.bits, self.group, self.floats)
         if not isinstance(self.error, int | float) or not 0 < self.error <= 1:
             raise ConfigError(
                 f"option 'error' of pass 'compress' = {self.error!r}: allowed is a number above 0 "
@@ -66,8 +68,11 @@ class Compress:
         """Error of one value over its norm, if its numbers are normal.
 
         A group's largest is about ``sqrt(2 ln 2g)`` deviations; rounding takes, on average, a
-        step over the root of 12.
+        step over the root of 12. A floating code's step is an eighth of a power of two, and the
+        square of a mantissa is ``3 / (2 ln 2)`` on average.
         """
+        if self.floats:
+            return math.sqrt(2 * math.log(2) / 3) / 8 / math.sqrt(12)
         largest = math.sqrt(2 * math.log(2 * self.group))
         symmetric = is_symmetric(self.bits)
         steps = 2 ** (self.bits - 1) - 1 if symmetric else (2**self.bits - 1) / 2
@@ -92,12 +97,12 @@ class Compress:
 
     def encode(self, graph: fx.Graph, value: fx.Node) -> fx.Node:
         """As ``Form.encode``."""
-        return call(graph, COMPRESS, value, self.bits, self.group, like=value)
+        return call(graph, COMPRESS, value, self.bits, self.group, self.floats, like=value)
 
     def decode(self, graph: fx.Graph, encoded: fx.Node, like: fx.Node) -> fx.Node:
         """As ``Form.decode``."""
         value = like.meta["val"]
-        form = [*value.shape], value.dtype, self.bits, self.group
+        form = [*value.shape], value.dtype, self.bits, self.group, self.floats
         return call(graph, DECOMPRESS, encoded, *form, like=like)
 
 

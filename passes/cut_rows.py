@@ -24,12 +24,11 @@ import torch
 from torch import fx
 
 from memopt._torch import OpOverload, pytree, stable_topological_sort
-from memopt.graph import aten, backward_nodes, prims
+from memopt.graph import TURNS, aten, backward_nodes, prims
 from memopt.liveness import Liveness
 from memopt.passes.joint_nodes import call
 
 _WIDE = 0.5  # of the widest value: what is narrower is read or returned, not cut for its own sake
-_TURNS = (aten.t.default, aten.permute.default, aten.transpose.int)
 _COPIES = (aten.clone.default, aten._to_copy.default, prims.convert_element_type.default)
 _REDUCTIONS = (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default)
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
@@ -261,7 +260,7 @@ def _of_loop(stretch: _Stretch, node: fx.Node, role: Role) -> Reads:
 _ROLES: dict[Any, Any] = {
     aten.mm.default: _of_product,
     aten.addmm.default: _of_product,
-    **dict.fromkeys(_TURNS, _of_turn),
+    **dict.fromkeys(TURNS, _of_turn),
     **dict.fromkeys((*_VIEWS, aten.detach.default, aten.alias.default), _of_view),
     **dict.fromkeys(_REDUCTIONS, _of_reduction),
 }

@@ -17,10 +17,8 @@ from typing import ClassVar
 
 from torch import fx
 
-from memopt.graph import OpKind, aten, backward_nodes, is_view, op_kind
+from memopt.graph import TURNS, OpKind, backward_nodes, is_view, op_kind
 from memopt.pipeline import PassContext
-
-_TURNS = (aten.t.default, aten.permute.default, aten.transpose.int)
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def _tail(product: fx.Node) -> list[fx.Node] | None:
 def _beside(product: fx.Node, late: set[fx.Node]) -> Iterator[fx.Node]:
     """Other products with the same gradient, or its transpose."""
     for factor in product.all_input_nodes:
-        while factor.target in _TURNS:
+        while factor.target in TURNS:
             factor = factor.all_input_nodes[0]
         if factor in late:
             yield from (

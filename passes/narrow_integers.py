@@ -23,8 +23,8 @@ from memopt.device import DeviceSpec
 from memopt.graph import aten, is_view, prims
 from memopt.passes.joint_nodes import call
 
-# Of each operator its result that is positions, and where its arguments say in which dimension
-# they are; None where that is said by the number of spatial dimensions.
+# Operators that return positions in one dimension: which of their results these are, None for the
+# only one, and the place of the argument that names the dimension.
 _IN_A_ROW = {
     aten.argmax.default: (None, 1),
     aten.argmin.default: (None, 1),
@@ -39,6 +39,7 @@ _IN_A_ROW = {
     aten.cummax.default: (1, 1),
     aten.cummin.default: (1, 1),
 }
+# Operators whose second result is positions in the last dimensions: how many of them.
 _IN_A_PLANE = {
     aten.max_pool2d_with_indices.default: 2,
     aten.max_pool3d_with_indices.default: 3,

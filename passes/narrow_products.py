@@ -124,8 +124,8 @@ def _below(part: _Part, user: fx.Node) -> _Part | None:
         return None
     if user.target in (aten.clone.default, aten.copy.default):
         return replace(part, node=user)
-    if user.target in _TURNS:
-        return replace(part, node=user, turned=part.turned ^ _TURNS[user.target](*rest))
+    if user.target in _TURNED:
+        return replace(part, node=user, turned=part.turned ^ _TURNED[user.target](*rest))
     if user.target not in _CHOICES:
         return None
     chosen = [*_CHOICES[user.target](*rest)]
@@ -133,7 +133,7 @@ def _below(part: _Part, user: fx.Node) -> _Part | None:
     return _Part(user, part.turned, (*part.choices, *own)) if own else None
 
 
-_TURNS: dict[Any, Callable[..., bool]] = {
+_TURNED: dict[Any, Callable[..., bool]] = {
     aten.t.default: lambda: True,
     aten.transpose.int: lambda first, second: first % 2 != second % 2,
     aten.permute.default: lambda order: order[0] % 2 == 1,

@@ -1,6 +1,7 @@
 """Values that are held in another form: the same numbers, and the bytes that the model says."""
 
 import math
+import tempfile
 from itertools import combinations
 from typing import Any
 
@@ -14,6 +15,7 @@ from memopt._torch import BackendCompilerFailed
 from memopt.cost import CostModel
 from memopt.device import DEVICES
 from memopt.joint import JointGraph
+from memopt.kernels.files import files_in
 from memopt.kernels.host import ARENA
 from memopt.partition import partition
 from memopt.planner import Search
@@ -108,7 +110,7 @@ def test_the_host_holds_what_the_plan_says_and_nothing_after_the_step(
     assert ARENA.held_bytes == 0
     measured_peak(captured, arguments)
     problem, saved = captured.problem, captured.outcome.chosen.saved
-    assert ARENA.peak_bytes == problem.host_bytes(saved)
+    assert ARENA.peak_bytes == problem.away_bytes(saved)["offload"]
     assert ARENA.held_bytes == 0
 
 
@@ -119,7 +121,80 @@ def test_the_host_never_holds_more_than_it_may(program: Program, matrices: int) 
     passes = {"offload": {**INSTANTLY["offload"], "host_bytes": limit}}
     problem = offered(program, passes=passes)
     everything = problem.evaluate(choices(problem.joint), "all away")
-    assert problem.host_bytes(everything.saved) <= limit
+    assert problem.away_bytes(everything.saved)["offload"] <= limit
+
+
+@settings(max_examples=15)
+@given(
+    program=programs(names=SCRATCHLESS, is_loss=True),
+    matrices=st.integers(1, 4),
+    disk=st.integers(1, 4) | st.none(),
+    data=st.data(),
+)
+def test_files_take_what_the_host_has_no_room_for(
+    program: Program,
+    matrices: int,
+    disk: int | None,
+    data: st.DataObject,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    limit, room = matrices * SIZE * SIZE * 8, disk and disk * SIZE * SIZE * 8
+    directory = str(tmp_path_factory.getbasetemp())
+    files = {"directory": directory, "least": 8, "bandwidth": 1e9, "file_bytes": room}
+    passes = {
+        "offload": {**INSTANTLY["offload"], "host_bytes": limit},
+        "offload_to_files": {k: v for k, v in files.items() if v is not None},
+    }
+    problem = offered(program, passes=passes)
+    on_host = [e for e in problem.joint.encodings if e.kind == "offload"]
+    drawn = data.draw(st.sets(st.sampled_from(on_host)) if on_host else st.just(set()))
+    read = make_schedule(problem.joint, [e.encoded for e in drawn]).saved
+    wanted = [e for e in drawn if e.encoded in read]
+    chosen = problem.evaluate([e.encoded for e in wanted], "away").saved
+    held = problem.away_bytes(chosen)
+    assert held["offload"] <= limit
+    assert room is None or held["file"] <= room
+    away = [e for e in problem.joint.encodings if e.encoded in chosen]
+    if room is None:
+        assert {e.source for e in away} == {e.source for e in wanted}
+    left = limit - held["offload"]
+    assert all(e.host_nbytes > left for e in away if e.kind == "file")
+
+
+def test_the_first_values_go_to_files() -> None:
+    program = Program(tuple(("matmul", i, i) for i in range(1, 6)), is_loss=True)
+    matrix = SIZE * SIZE * 8
+    files = {"directory": tempfile.gettempdir(), "least": 8}
+    passes = {
+        "offload": {**INSTANTLY["offload"], "host_bytes": 2 * matrix},
+        "offload_to_files": files,
+    }
+    problem = offered(program, passes=passes)
+    matrices = [e for e in problem.joint.encodings if e.host_nbytes == matrix]
+    wanted = [e.encoded for e in matrices if e.kind == "offload"]
+    chosen = problem.evaluate(wanted, "away").saved
+    away = sorted((e for e in matrices if e.encoded in chosen), key=lambda e: e.source)
+    assert len(away) > 3
+    assert [e.kind for e in away] == ["file"] * (len(away) - 2) + ["offload"] * 2
+
+
+@settings(max_examples=15)
+@given(program=programs(names=SCRATCHLESS, is_loss=True), budget=st.sampled_from(BUDGETS))
+def test_files_hold_what_the_plan_says_and_nothing_after_the_step(
+    program: Program, budget: float | str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    directory = str(tmp_path_factory.getbasetemp())
+    passes = {"offload_to_files": {"directory": directory, "least": 8, "bandwidth": 1e12}}
+    captured = lowered(program, memory_budget=budget, passes=passes)
+    arguments = program.arguments()
+    assert_same(seeded(captured, arguments), seeded(program, arguments))
+    arena = files_in(directory).arena
+    arena.peak_bytes = arena.held_bytes
+    assert arena.held_bytes == 0
+    measured = measured_peak(captured, arguments)
+    assert 0 <= measured - captured.outcome.chosen.peak_bytes <= UNSEEN_BYTES
+    assert arena.peak_bytes == captured.problem.away_bytes(captured.outcome.chosen.saved)["file"]
+    assert arena.held_bytes == 0
 
 
 def choices(joint: JointGraph) -> list[int]:

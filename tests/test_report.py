@@ -21,7 +21,7 @@ GRAPH_KEYS = {
     "id", "training", "lowering", "baseline_peak_bytes", "predicted_peak_bytes", "certified",
     "budget", "budget_bytes", "held_bytes", "saved_bytes", "recompute_seconds", "forward_seconds",
     "planning_seconds", "solver", "decisions", "rewrites", "remarks", "step_seconds",
-    "baseline_step_seconds", "host_bytes", "stall_seconds",
+    "baseline_step_seconds", "host_bytes", "file_bytes", "stall_seconds",
 }  # fmt: skip
 
 

@@ -50,21 +50,22 @@ def held(report: memopt.Report) -> int:
 
 
 @pytest.mark.parametrize("lowering", ["eager", "inductor"])
-@pytest.mark.parametrize("bits", [8, 4])
-def test_the_gradient_is_off_by_what_explain_says(bits: int, lowering: str) -> None:
+@pytest.mark.parametrize(("bits", "floats"), [(8, False), (4, False), (8, True)])
+def test_the_gradient_is_off_by_what_explain_says(bits: int, floats: bool, lowering: str) -> None:
+    form = {"bits": bits, "floats": floats}
     options: dict[str, Any] = {
-        "compress": {"bits": bits},
+        "compress": form,
         "lowering": lowering,
         "memory_budget": 0.7,
     }
     report = explained(**options)
     assert held(report) > 0
     assert report.gradient_error is not None
-    assert 0 < report.gradient_error < 4 * Compress(bits=bits).loss
+    assert 0 < report.gradient_error < 4 * Compress(bits=bits, floats=floats).loss
     torch.manual_seed(0)
     model, x = Perceptron(), torch.randn(512, 256)
     exact = torch.autograd.grad(model(x), list(model.parameters()))
-    passes = {Compress.name: {"least": 1024, "error": 1.0, "bits": bits}}
+    passes = {Compress.name: {"least": 1024, "error": 1.0, **form}}
     torch._dynamo.reset()
     settings: Any = {"lowering": lowering, "memory_budget": 0.7, "passes": passes}
     compiled = torch.compile(model, backend="memopt", options=settings)
