@@ -13,6 +13,7 @@ from memopt.passes.compress import Compress
 from memopt.passes.cut_rows import CutRows
 from memopt.passes.early_backward import EarlyBackward
 from memopt.passes.early_gradients import EarlyGradients
+from memopt.passes.early_masks import EarlyMasks
 from memopt.passes.early_products import EarlyProducts
 from memopt.passes.embedding_gradients import EmbeddingGradients
 from memopt.passes.forget_inputs import ForgetInputs
@@ -45,6 +46,7 @@ JOINT: tuple[Pass, ...] = (
     RemakeInBackward(),
     ForgetInputs(),
     NarrowProducts(),
+    EarlyMasks(),
     EarlyGradients(),
     EarlyBackward(),
 )
