@@ -1,4 +1,4 @@
-"""A mask is made where its value is, so that the value need not wait for the end of the forward."""
+"""A mask is made where its value is: the value need not wait for the end of the forward."""
 
 from typing import Any
 
