@@ -95,7 +95,10 @@ PLANS = {
         },
     ),
     "vit_b_lora": PlanCase(vit_b_lora, {"half": {"memory_budget": 0.5}}),
-    "resnet50_frozen": PlanCase(resnet50_frozen, {"nine tenths": {"memory_budget": 0.9}}),
+    "resnet50_frozen": PlanCase(
+        resnet50_frozen,
+        {"nine tenths": {"memory_budget": 0.9}, "min": {"memory_budget": "min"}},
+    ),
 }
 
 
