@@ -34,10 +34,11 @@ def offload_in_inductor() -> None:
     torch._functorch.config.enable_activation_offloading = True
     torch._functorch.config.activation_offload_separate_stream = True
     torch._functorch.config.activation_reload_prefetch = True
-    torch._inductor.config.joint_custom_pre_pass = _mark
+    torch._inductor.config.joint_custom_pre_pass = mark_large_values
 
 
-def _mark(graph: fx.Graph) -> None:
+def mark_large_values(graph: fx.Graph) -> None:
+    """Mark what torch may move: results of 1 MiB and more."""
     for node in graph.nodes:
         value = node.meta.get("val")
         if node.op == "call_function" and isinstance(value, torch.Tensor):
