@@ -17,7 +17,7 @@ from memopt.graph import aten, prims
 from memopt.passes.joint_nodes import call
 
 MULTIPLY, DIVIDE, NEGATE = aten.mul.Tensor, aten.div.Tensor, aten.neg.default
-ADD, SUBTRACT = aten.add.Tensor, aten.sub.Tensor
+ADD, SUBTRACT, SUM = aten.add.Tensor, aten.sub.Tensor, aten.sum.dim_IntList
 _STEPS = (MULTIPLY, DIVIDE, ADD, SUBTRACT)
 TURNS = (aten.permute.default, aten.transpose.int, aten.t.default)
 _SHAPES = (
@@ -98,6 +98,15 @@ def _longer(chain: Chain) -> Chain | None:
     return None
 
 
+def sums_all_but(node: fx.Node, axis: int) -> bool:
+    """Whether a node sums over all axes of a value but one."""
+    if node.target is not SUM or node.kwargs:
+        return False
+    arguments: Any = node.args
+    rank = arguments[0].meta["val"].dim()
+    return {n % rank for n in arguments[1]} == {*range(rank)} - {axis}
+
+
 def sizes(node: fx.Node) -> list[Any]:
     """A value's shape, in which symbols can be compared without a guard."""
     return [size_expr(n) for n in node.meta["val"].shape]
@@ -163,9 +172,10 @@ def undo_one_another(views: Sequence[fx.Node]) -> bool:
 
 
 def view_again(graph: fx.Graph, source: fx.Node, views: Sequence[fx.Node]) -> fx.Node:
-    """The views, of another value."""
+    """The views, of another value, whose strides may be others when the graph runs."""
     for view in views:
-        source = call(graph, view.target, source, *view.args[1:], like=view, **view.kwargs)
+        target = aten.reshape.default if view.target is aten.view.default else view.target
+        source = call(graph, target, source, *view.args[1:], like=view, **view.kwargs)
     return source
 
 

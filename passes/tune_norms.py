@@ -30,11 +30,13 @@ from memopt.passes.channels import (
     MULTIPLY,
     NEGATE,
     SUBTRACT,
+    SUM,
     Chain,
     as_vector,
     chains,
     same_shape,
     step_again,
+    sums_all_but,
     undo_one_another,
     view_again,
 )
@@ -43,7 +45,7 @@ from memopt.passes.weight_gradients import WeightGradient, weight_gradients
 from memopt.pipeline import PassContext
 from memopt.remarks import RemarkKind
 
-_SUM, _NORM_BACKWARD = aten.sum.dim_IntList, aten.native_batch_norm_backward.default
+_NORM_BACKWARD = aten.native_batch_norm_backward.default
 _PRECISE = (torch.float32, torch.float64)
 
 
@@ -103,20 +105,11 @@ def _uses(layer: WeightGradient) -> Iterator[_Use]:
             factors = [n for n in product.all_input_nodes if n is not d.source]
             if not factors or not same_shape(factors[0], product):
                 continue
-            for total in [n for n in product.users if n.users and _sums(n, d.axis)]:
+            for total in [n for n in product.users if n.users and sums_all_but(n, d.axis)]:
                 for y in chains(factors[0], d.axis):
                     alike = y.axis == 1 and undo_one_another([*y.views, *d.views])
                     if layer.is_of(y.source) and alike:
                         yield _Use(total, d, y)
-
-
-def _sums(node: fx.Node, axis: int) -> bool:
-    """Whether a node sums over all axes but one."""
-    if node.target is not _SUM or node.kwargs:
-        return False
-    arguments: Any = node.args
-    rank = arguments[0].meta["val"].dim()
-    return {n % rank for n in arguments[1]} == {*range(rank)} - {axis}
 
 
 def _reason_against(layer: WeightGradient, use: _Use) -> str:
@@ -164,10 +157,10 @@ def _replace(graph: fx.Graph, layer: WeightGradient, use: _Use) -> WeightGradien
 def _sum_by_channel(graph: fx.Graph, chain: Chain) -> fx.Node:
     """A gradient's sums, which a norm's shift mostly has the graph make anyway."""
     node, rank = chain.source, chain.source.meta["val"].dim()
-    found = next((n for n in node.users if _sums(n, chain.axis)), None)
+    found = next((n for n in node.users if sums_all_but(n, chain.axis)), None)
     if found is None:
         rest = [axis for axis in range(rank) if axis != chain.axis]
-        found = call(graph, _SUM, node, rest, like=node)
+        found = call(graph, SUM, node, rest, like=node)
     vector: fx.Node = as_vector(graph, found)
     return vector
 
@@ -200,8 +193,8 @@ def _spell_out(graph: fx.Graph, layer: WeightGradient) -> None:
         centred = make(SUBTRACT, y, make(aten.view.default, mean, shape))
         results = (
             make(MULTIPLY, d, factor),
-            make(MULTIPLY, make(_SUM, make(MULTIPLY, d, centred), rest), inverse),
-            make(_SUM, d, rest),
+            make(MULTIPLY, make(SUM, make(MULTIPLY, d, centred), rest), inverse),
+            make(SUM, d, rest),
         )
     for part in norm.users:
         number: Any = part.args[1]

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from memopt.graph import aten
-from memopt.passes.channels import TURNS, Step, step_again
+from memopt.passes.channels import TURNS, Step, step_again, sums_all_but
 from memopt.passes.joint_nodes import call
 
 _BACKWARD, _CONVOLUTION = aten.convolution_backward.default, aten.convolution.default
@@ -138,9 +138,16 @@ class LinearGradient:
     def unscaled(
         self, graph: fx.Graph, d: fx.Node, steps: Sequence[Step], total: fx.Node
     ) -> tuple["LinearGradient", fx.Node]:
-        """Replace the product by one with ``d``, and the input's gradient likewise.
+        """Replace the product by one with ``d``, and those of the input and the bias likewise.
 
-        The bias's is left as it is: sums are made as the numbers that are summed are.
+        Args:
+            graph: the graph, positioned before the product.
+            d: the gradient before it was scaled.
+            steps: the scales.
+            total: its sums by channel, of which the bias's gradient is made.
+
+        Returns:
+            The new product, which is the weight's unscaled gradient, twice.
         """
         dy, factors = self.dy, [*self._factors]
         factors[self.axis] = d
@@ -148,12 +155,15 @@ class LinearGradient:
         own = call(graph, _PRODUCT, *factors, like=self.node)
         channels = [1, -1] if self.axis else [-1, 1]
         self.node.replace_all_uses_with(_stepped(graph, own, steps, channels))
-        for other in [*dy.users]:
-            if steps and other.target is _PRODUCT and other.args[0] is dy:
-                with graph.inserting_before(other):
+        for other in [*dy.users] if steps else ():
+            with graph.inserting_before(other):
+                if other.target is _PRODUCT and other.args[0] is dy:
                     weight: Any = _stepped(graph, other.args[1], steps, [-1, 1])
-                    product = call(graph, _PRODUCT, d, weight, like=other)
-                other.replace_all_uses_with(product)
+                    other.replace_all_uses_with(call(graph, _PRODUCT, d, weight, like=other))
+                elif sums_all_but(other, 1):
+                    bias = _stepped(graph, total, steps, [-1])
+                    bias = _view(graph, bias, [*other.meta["val"].shape])
+                    other.replace_all_uses_with(bias)
         return LinearGradient(own, self.axis), own
 
     def sums(self, graph: fx.Graph, own: fx.Node, y: fx.Node) -> fx.Node:
