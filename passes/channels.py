@@ -89,7 +89,8 @@ def _longer(chain: Chain) -> Chain | None:
         return Chain(node.all_input_nodes[0], axis, (Step(NEGATE), *chain.steps), chain.views)
     if node.target not in _STEPS or node.kwargs:
         return None
-    for turned, (source, operand) in enumerate((node.args, node.args[::-1])):
+    arguments: Any = node.args
+    for turned, (source, operand) in enumerate((arguments, arguments[::-1])):
         if (turned and node.target is DIVIDE) or not isinstance(source, fx.Node):
             continue
         if same_shape(source, node) and _is_by_channel(operand, node, axis):

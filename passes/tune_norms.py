@@ -23,7 +23,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import fx
 
-from memopt._torch import stable_topological_sort
+from memopt._torch import size_hint, stable_topological_sort
 from memopt.graph import aten, backward_nodes, source_line
 from memopt.passes.channels import (
     ADD,
@@ -65,11 +65,17 @@ class _Use(NamedTuple):
 
 @dataclass(frozen=True)
 class TuneNorms:
-    """``sum(d * y)`` -> ``sum(w * dw) + b * sum(d)``, by channel, where ``y`` is ``w @ x + b``."""
+    """``sum(d * y)`` -> ``sum(w * dw) + b * sum(d)``, by channel, where ``y`` is ``w @ x + b``.
+
+    Attributes:
+        most: how many times the numbers of a layer's result its weight may have. Weights are
+            scaled and multiplied in the backward, so a large one costs more than it saves.
+    """
 
     name: ClassVar[str] = "tune_norms"
     requires: ClassVar[frozenset[str]] = frozenset()
     establishes: ClassVar[frozenset[str]] = frozenset()
+    most: float = 4
 
     def __call__(self, graph: fx.Graph, ctx: PassContext) -> int:
         layers = [*weight_gradients(graph, backward_nodes(graph))]
@@ -84,7 +90,7 @@ class TuneNorms:
             _spell_out(graph, layer)
         while use := next(_uses(layer), None):
             y = use.y.source
-            if reason := _reason_against(layer, use):
+            if reason := self._reason_against(layer, use):
                 ctx.remark(self.name, RemarkKind.MISSED, reason, y.name, source_line(y))
                 break
             with graph.inserting_before(layer.node):
@@ -95,6 +101,25 @@ class TuneNorms:
             ctx.remark(self.name, RemarkKind.APPLIED, text, y.name, source_line(y))
             rewrites += 1
         return rewrites
+
+    def _reason_against(self, layer: WeightGradient, use: _Use) -> str:
+        """Why the sum is left as it is; empty where it is not."""
+        if not layer.is_trained:
+            return "held for a scale's gradient: its weight is frozen, and has none to make it of"
+        weight, bias = layer.parts(use.y.source)
+        own, result = (size_hint(n.meta["val"].numel()) for n in (weight, use.y.source))
+        if own > self.most * result:
+            return f"held for a scale's gradient: {result} numbers, where its weight has {own}"
+        nodes = [use.total, use.d.source, use.y.source, layer.dy, weight]
+        nodes += [n for n in (bias,) if n is not None]
+        nodes += [
+            s.operand for s in (*use.d.steps, *use.y.steps) if isinstance(s.operand, fx.Node)
+        ]
+        dtypes = {node.meta["val"].dtype for node in nodes}
+        if len(dtypes) > 1 or not dtypes.issubset(_PRECISE):
+            names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            return f"held for a scale's gradient, which its weight's is too coarse for, in {names}"
+        return ""
 
 
 def _uses(layer: WeightGradient) -> Iterator[_Use]:
@@ -110,21 +135,6 @@ def _uses(layer: WeightGradient) -> Iterator[_Use]:
                     alike = y.axis == 1 and undo_one_another([*y.views, *d.views])
                     if layer.is_of(y.source) and alike:
                         yield _Use(total, d, y)
-
-
-def _reason_against(layer: WeightGradient, use: _Use) -> str:
-    """Why the sum is left as it is; empty where it is not."""
-    if not layer.is_trained:
-        return "held for a scale's gradient: its weight is frozen, and has none to make it of"
-    weight, bias = layer.parts(use.y.source)
-    nodes = [use.total, use.d.source, use.y.source, layer.dy, weight]
-    nodes += [n for n in (bias,) if n is not None]
-    nodes += [s.operand for s in (*use.d.steps, *use.y.steps) if isinstance(s.operand, fx.Node)]
-    dtypes = {node.meta["val"].dtype for node in nodes}
-    if len(dtypes) > 1 or not dtypes.issubset(_PRECISE):
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        return f"held for a scale's gradient, which its weight's is too coarse for, in {names}"
-    return ""
 
 
 def _replace(graph: fx.Graph, layer: WeightGradient, use: _Use) -> WeightGradient:

@@ -8,7 +8,7 @@ Legend: ``x`` a layer's input, ``y`` its result, ``d`` a gradient that is ``y``'
 """
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -72,7 +72,7 @@ class ConvolutionGradient:
         wanted = [mask[0], True, False]
         node = call(graph, _BACKWARD, d, x, weight, None, *geometry, wanted, like=self.node)
         own = call(graph, operator.getitem, node, 1, like=self.node)
-        made = {
+        made: dict[Any, Callable[[], fx.Node]] = {
             0: lambda: call(graph, operator.getitem, node, 0, like=self.node),
             1: lambda: self._scaled(graph, own, steps),
             2: lambda: _stepped(graph, total, steps, [-1]),
@@ -128,8 +128,11 @@ class LinearGradient:
 
     def is_of(self, y: fx.Node) -> bool:
         """Whether ``y`` is a product of the same input, with any weight."""
-        at = {_PRODUCT: 0, _PRODUCT_AND_SUM: 1}.get(y.target)
-        return at is not None and not y.kwargs and y.args[at] is self._factors[1 - self.axis]
+        adds = y.target is _PRODUCT_AND_SUM
+        if y.kwargs or not (adds or y.target is _PRODUCT):
+            return False
+        by_channel = not adds or self.parts(y)[1].meta["val"].dim() < 2
+        return by_channel and y.args[int(adds)] is self._factors[1 - self.axis]
 
     def parts(self, y: fx.Node) -> tuple[Any, Any]:
         """Weight, as the product takes it, and bias of a layer."""
@@ -158,7 +161,7 @@ class LinearGradient:
         for other in [*dy.users] if steps else ():
             with graph.inserting_before(other):
                 if other.target is _PRODUCT and other.args[0] is dy:
-                    weight: Any = _stepped(graph, other.args[1], steps, [-1, 1])
+                    weight = _stepped(graph, other.args[1], steps, [-1, 1])
                     other.replace_all_uses_with(call(graph, _PRODUCT, d, weight, like=other))
                 elif sums_all_but(other, 1):
                     bias = _stepped(graph, total, steps, [-1])
@@ -188,9 +191,7 @@ def weight_gradients(graph: fx.Graph, late: set[fx.Node]) -> Iterator[WeightGrad
             yield LinearGradient(node, int(turn not in late))
 
 
-def _stepped(
-    graph: fx.Graph, value: Any, steps: Sequence[Step], channels: Sequence[int]
-) -> fx.Node:
+def _stepped(graph: fx.Graph, value: Any, steps: Sequence[Step], channels: Sequence[int]) -> Any:
     for step in steps:
         value = step_again(graph, step, value, channels)
     return value
