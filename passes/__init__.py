@@ -39,11 +39,11 @@ PRE_GRAD: tuple[Pass, ...] = (
     FuseGates(),
 )
 JOINT: tuple[Pass, ...] = (
-    TuneNorms(),
     CloneMutatedInputs(),
     EmbeddingGradients(),
     MarkHiddenStates(),
     RemakeInBackward(),
+    TuneNorms(),
     ForgetInputs(),
     NarrowProducts(),
     EarlyGradients(),

@@ -27,7 +27,7 @@ _SHAPES = (
     aten.squeeze.dims,
     aten.unsqueeze.default,
 )
-_COPIES = (aten.clone.default, prims.convert_element_type.default)
+_COPIES = (aten.clone.default, aten.detach.default, prims.convert_element_type.default)
 
 
 class Step(NamedTuple):

@@ -132,8 +132,7 @@ def _uses(layer: WeightGradient) -> Iterator[_Use]:
                 continue
             for total in [n for n in product.users if n.users and sums_all_but(n, d.axis)]:
                 for y in chains(factors[0], d.axis):
-                    alike = y.axis == 1 and undo_one_another([*y.views, *d.views])
-                    if layer.is_of(y.source) and alike:
+                    if layer.is_of(y.source) and undo_one_another([*y.views, *d.views]):
                         yield _Use(total, d, y)
 
 
@@ -187,7 +186,7 @@ def _spell_out(graph: fx.Graph, layer: WeightGradient) -> None:
         return
     inner = next((c for c in chains(y, 1) if layer.is_of(c.source)), None)
     dtypes = {node.meta["val"].dtype for node in (d, y, scale, mean, variance)}
-    if inner is None or inner.axis != 1 or len(dtypes) > 1 or not dtypes.issubset(_PRECISE):
+    if inner is None or len(dtypes) > 1 or not dtypes.issubset(_PRECISE):
         return
     if chain.axis != 1 or not undo_one_another([*inner.views, *chain.views]):
         return
