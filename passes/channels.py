@@ -27,7 +27,12 @@ _SHAPES = (
     aten.squeeze.dims,
     aten.unsqueeze.default,
 )
-_COPIES = (aten.clone.default, aten.detach.default, prims.convert_element_type.default)
+_COPIES = (
+    aten.clone.default,
+    aten.detach.default,
+    aten.alias.default,
+    prims.convert_element_type.default,
+)
 
 
 class Step(NamedTuple):

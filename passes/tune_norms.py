@@ -16,8 +16,9 @@ Source: the mode "Tune" of You et al. (2024), "Efficient ConvBN Blocks for Trans
 Beyond", arXiv:2305.11624, who rewrite the forward; that the backward alone can do it is memopt's.
 """
 
+import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from memopt.passes.channels import (
     SUBTRACT,
     SUM,
     Chain,
+    Step,
     as_vector,
     chains,
     same_shape,
@@ -86,13 +88,14 @@ class TuneNorms:
 
     def _rewrite(self, graph: fx.Graph, layer: WeightGradient, ctx: PassContext) -> int:
         rewrites = 0
-        if layer.is_trained:
-            _spell_out(graph, layer)
-        while use := next(_uses(layer), None):
+        while use := _whole(layer) or next(_uses(layer), None):
             y = use.y.source
             if reason := self._reason_against(layer, use):
                 ctx.remark(self.name, RemarkKind.MISSED, reason, y.name, source_line(y))
                 break
+            if use.total.target is operator.getitem:
+                _spell_out(graph, use.total.args[0])
+                continue
             with graph.inserting_before(layer.node):
                 layer = _replace(graph, layer, use)
             text = (
@@ -174,22 +177,27 @@ def _sum_by_channel(graph: fx.Graph, chain: Chain) -> fx.Node:
     return vector
 
 
-def _spell_out(graph: fx.Graph, layer: WeightGradient) -> None:
-    """Write a norm's backward, where it is one operator, as the products and sums it is."""
+def _whole(layer: WeightGradient) -> _Use | None:
+    """The norm behind a layer whose backward is one operator: its gradient of the scale."""
     (*_, chain) = chains(layer.dy, 1)
     (norm,) = chain.source.all_input_nodes[:1] or [chain.source]
-    if norm.target is not _NORM_BACKWARD or chain.source.args[1] != 0:
-        return
+    if norm.target is not _NORM_BACKWARD or chain.source.args[1] != 0 or chain.axis != 1:
+        return None
     arguments: Any = norm.args
-    d, y, scale, mean, variance, _, _, trains, epsilon, mask = arguments
-    if trains or not mask[1] or not isinstance(scale, fx.Node):
-        return
+    d, y, scale, mean, *_, trains, _, _ = arguments
+    total = next((n for n in norm.users if n.args[1] == 1 and n.users), None)
     inner = next((c for c in chains(y, 1) if layer.is_of(c.source)), None)
-    dtypes = {node.meta["val"].dtype for node in (d, y, scale, mean, variance)}
-    if inner is None or len(dtypes) > 1 or not dtypes.issubset(_PRECISE):
-        return
-    if chain.axis != 1 or not undo_one_another([*inner.views, *chain.views]):
-        return
+    if trains or scale is None or total is None or inner is None:
+        return None
+    own = Chain(d, 1, (Step(MULTIPLY, scale), *chain.steps), chain.views)
+    if not own.is_linear or not undo_one_another([*inner.views, *chain.views]):
+        return None
+    return _Use(total, own, replace(inner, steps=(*inner.steps, Step(SUBTRACT, mean))))
+
+
+def _spell_out(graph: fx.Graph, norm: Any) -> None:
+    """Write a norm's backward as the products and sums it is."""
+    d, y, scale, mean, variance, _, _, _, epsilon, _ = norm.args
     rank = y.meta["val"].dim()
     rest, shape = [0, *range(2, rank)], [1, -1] + [1] * (rank - 2)
 
@@ -206,5 +214,4 @@ def _spell_out(graph: fx.Graph, layer: WeightGradient) -> None:
             make(SUM, d, rest),
         )
     for part in norm.users:
-        number: Any = part.args[1]
-        part.replace_all_uses_with(results[number])
+        part.replace_all_uses_with(results[part.args[1]])

@@ -169,6 +169,8 @@ REWRITTEN: dict[str, tuple[Build, tuple[int, ...], int]] = {
     "a layer scale, no bias": (lambda: Scaled(nn.Linear(6, 6, bias=False)), (7, 6), 1),
     "twice": (Twice, IMAGE, 2),
     "a checkpoint": (Checkpointed, IMAGE, 1),
+    "another use": (lambda: Beside((5, 1, 1), lambda y: y), IMAGE, 1),
+    "steps in between": (lambda: Between(steps), IMAGE, 1),
     "a bias that moves": (MovingBias, IMAGE, 1),
 }  # fmt: skip
 
@@ -187,18 +189,36 @@ class Shared(nn.Module):
         return result
 
 
-class Crossed(nn.Module):
-    """A number that scales a channel's transpose, which the layer's gradient does not know of."""
+class Beside(nn.Module):
+    """A layer's gradient that is right for one use of its result, and a number for another use."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: tuple[int, ...], other: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.convolution = nn.Conv2d(3, 5, 3, padding=1)
-        self.scale = nn.Parameter(torch.randn(5, 1, 1))
+        self.scale, self.other = nn.Parameter(torch.randn(shape)), other
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.convolution(x)
-        result: Tensor = y * 3 + y.detach().transpose(2, 3) * self.scale
+        result: Tensor = y * 3 + self.other(y.detach()) * self.scale
         return result
+
+
+class Between(nn.Module):
+    """Something between a convolution and its norm."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.convolution, self.norm, self.between = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.norm(self.between(self.convolution(x))).relu()
+        return result
+
+
+def steps(y: Tensor) -> Tensor:
+    """Every kind of step by channel."""
+    channel = torch.arange(1, 6, dtype=y.dtype).view(-1, 1, 1)
+    return channel - 0.5 * (-y / channel - 2 * channel).add(channel)
 
 
 def without_affine() -> nn.Module:
@@ -242,7 +262,13 @@ LEFT_ALONE: dict[str, tuple[Build, tuple[int, ...]]] = {
         stack(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm1d(5), nn.ReLU()), (3, 5, 7),
     ),
     "two norms": (Shared, IMAGE),
-    "a transpose": (Crossed, (2, 3, 6, 6)),
+    "a transpose": (
+        lambda: Beside((5, 1, 1), lambda y: y.transpose(2, 3)), (2, 3, 6, 6),
+    ),
+    "a scale for each image": (lambda: Beside((2, 5, 1, 1), lambda y: y), (2, 3, 6, 6)),
+    "what differs within a channel": (
+        lambda: Between(lambda y: y * torch.linspace(-1, 1, y.shape[-1], dtype=y.dtype)), IMAGE,
+    ),
     "another sum in each row": (Added, (6, 6)),
     "a large weight": (stack(nn.Linear(40, 6), nn.BatchNorm1d(6)), (9, 40)),
 }  # fmt: skip
@@ -299,7 +325,16 @@ def test_every_gradient_is_eager_s_where_the_scale_s_is_made_another_way(
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
 @pytest.mark.parametrize("name", LEFT_ALONE)
-def test_what_is_left_alone(name: str, lowering: str) -> None:
+def test_what_is_left_alone(name: str, lowering: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewrite = TuneNorms.__call__
+
+    def watched(self: TuneNorms, graph: fx.Graph, ctx: PassContext) -> int:
+        before = str(graph)
+        rewrites = rewrite(self, graph, ctx)
+        assert str(graph) == before
+        return rewrites
+
+    monkeypatch.setattr(TuneNorms, "__call__", watched)
     build, shape = LEFT_ALONE[name]
     assert compare(build, shape, lowering).rewrites[TuneNorms.name] == 0
 
