@@ -28,6 +28,7 @@ from memopt.passes.overwrite_hidden_states import MarkHiddenStates, OverwriteHid
 from memopt.passes.overwrite_rotary import OverwriteRotary
 from memopt.passes.pack_masks import PackMasks
 from memopt.passes.remake_in_backward import RemakeInBackward
+from memopt.passes.tune_norms import TuneNorms
 from memopt.passes.unshare_readers import UnshareReaders
 from memopt.passes.weigh_rows import WeighRows
 from memopt.pipeline import Pass
@@ -44,6 +45,7 @@ JOINT: tuple[Pass, ...] = (
     EmbeddingGradients(),
     MarkHiddenStates(),
     RemakeInBackward(),
+    TuneNorms(),
     ForgetInputs(),
     NarrowProducts(),
     EarlyMasks(),
