@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 from torch import fx
 
 from memopt._torch import size_expr
-from memopt.graph import aten, prims
+from memopt.graph import TURNS, aten, prims
 from memopt.passes.joint_nodes import call
 
 MULTIPLY, DIVIDE, NEGATE = aten.mul.Tensor, aten.div.Tensor, aten.neg.default
 ADD, SUBTRACT, SUM = aten.add.Tensor, aten.sub.Tensor, aten.sum.dim_IntList
 _STEPS = (MULTIPLY, DIVIDE, ADD, SUBTRACT)
-TURNS = (aten.permute.default, aten.transpose.int, aten.t.default)
 _SHAPES = (
     aten.view.default,
     aten._unsafe_view.default,

@@ -6,7 +6,8 @@ with the convolution's result, which nothing else in the backward needs. That su
 times its own gradient, channel by channel, once the gradient is made before the scale:
 ``sum(d * (w @ x)) = sum(w * (d @ x))``. So the input is held, and the result is not.
 
-Pays: the bytes of every such result, and reading them. Exact up to the order of sums, which is now
+Runs under a budget, or where the options name it. Pays: the bytes of every such result, and
+reading them. Exact up to the order of sums, which is now
 that of the weight's gradient; the forward is untouched, and a scale of 0 has the gradient it had.
 
 Does not: where the layer is frozen, since the gradient of its weight is a product more; in low
@@ -80,6 +81,9 @@ class TuneNorms:
     most: float = 4
 
     def __call__(self, graph: fx.Graph, ctx: PassContext) -> int:
+        named = ctx.config.enabled(self.name, default=False)
+        if ctx.config.memory_budget.kind == "none" and not named:
+            return 0
         layers = [*weight_gradients(graph, backward_nodes(graph))]
         rewrites = sum(self._rewrite(graph, layer, ctx) for layer in layers)
         if rewrites:

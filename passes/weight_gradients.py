@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from memopt.graph import aten
-from memopt.passes.channels import TURNS, Step, step_again, sums_all_but
+from memopt.graph import TURNS, aten
+from memopt.passes.channels import Step, step_again, sums_all_but
 from memopt.passes.joint_nodes import call
 
 _BACKWARD, _CONVOLUTION = aten.convolution_backward.default, aten.convolution.default

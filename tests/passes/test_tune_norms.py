@@ -23,6 +23,7 @@ from tests.references import (
 )
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+ON: dict[str, Any] = {TuneNorms.name: True}
 Build = Callable[[], nn.Module]
 
 
@@ -282,7 +283,7 @@ def compiled(model: Any, lowering: str, **options: Any) -> tuple[Any, PassContex
     """
     torch._dynamo.reset()
     kind = "eager" if lowering == "eager" else "inductor"
-    config = read_options({"lowering": kind, "strict": True, **options})
+    config = read_options({"lowering": kind, "strict": True, "passes": ON, **options})
     ctx = PassContext(config)
     lower = lower_eagerly if lowering == "eager" else interpret_planned
 
@@ -349,7 +350,7 @@ def pair(bias: bool = False) -> nn.Module:
 
 def explained(model: nn.Module, x: Tensor, lowering: str, **passes: bool) -> Any:
     torch._dynamo.reset()
-    options = {"lowering": lowering, "passes": passes, "strict": True}
+    options = {"lowering": lowering, "passes": {**ON, **passes}, "strict": True}
     (graph,) = memopt.explain(model, x, options=options).graphs
     return graph
 
@@ -377,7 +378,7 @@ def test_a_layer_scale_holds_no_result_of_its_layer() -> None:
 def test_inductor_s_code_gives_eager_s_gradients_too() -> None:
     torch.manual_seed(0)
     model, x = with_statistics(pair(bias=True)), torch.randn(IMAGE, dtype=torch.float64)
-    options: Any = {"strict": True}
+    options: Any = {"strict": True, "passes": ON}
     run = torch.compile(model, backend="memopt", options=options)
     assert_equal_in_float64(results(run, model, x), results(model, model, x))
 
@@ -503,3 +504,14 @@ def test_a_batch_of_any_size_is_tuned_too() -> None:
         x = torch.randn(batch, 3, 9, 9, dtype=torch.float64)
         assert_equal_in_float64(results(run, model, x), results(model, model, x))
     assert ctx.rewrites[TuneNorms.name] == 4  # of one shape, then of any
+
+
+def test_without_a_budget_it_runs_where_it_is_named_alone() -> None:
+    model, x = with_statistics(pair()), torch.randn(IMAGE, dtype=torch.float64)
+    rewrites = []
+    unnamed: dict[str, Any] = {"passes": {}}
+    for options in (unnamed, {**unnamed, "memory_budget": 0.9}, {"passes": ON}):
+        run, ctx = compiled(model, "eager", **options)
+        run(x)
+        rewrites.append(ctx.rewrites[TuneNorms.name])
+    assert rewrites == [0, 2, 2]
