@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,9 @@ def say(line: object) -> None:
     sys.stdout.flush()
 
 
-def main() -> int:
-    """Parse the arguments and run the command."""
-    arguments = _parser().parse_args()
+def main(given: Sequence[str] | None = None) -> int:
+    """Parse the arguments, the command line's unless others are given, and run the command."""
+    arguments = _parser().parse_args(given)
     status: int = arguments.run(arguments)
     return status
 
@@ -159,7 +159,7 @@ def _run(arguments: argparse.Namespace) -> int:
         save(arguments.out, head, rows)
     say(f"results in {arguments.out}")
     # A peer that stock PyTorch cannot run is a finding; one that memopt cannot run is a failure.
-    failed = [row["peer"] for row in rows if row["status"] == "failed"]
+    failed = [row["peer"] for row in rows if row.get("status") == "failed"]
     return int(any(peer.startswith(("eager", "memopt")) for peer in failed))
 
 

@@ -115,8 +115,9 @@ def run(device: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
         say(f"{form}: " + ", ".join(f"{r['peer']} {r['held_bytes']}" for r in rows[-3:]))
     for name, model in MODELS.items():
         if "bench" in model.sizes and not model.tags & _NOT_PLANNED:
-            rows += _frontier_rows(name)
-            say(f"{name}: " + ", ".join(f"{row['peer']} {row['area']:.3f}" for row in rows[-4:]))
+            own = _frontier_rows(name)
+            say(f"{name}: " + ", ".join(f"{row['peer']} {row['area']:.3f}" for row in own))
+            rows += own
     return rows
 
 

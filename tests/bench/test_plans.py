@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from bench import __main__ as command
 from bench import plans, plot
 from bench.plan_tables import plan_section
 from bench.plans import PlanCase, area
@@ -54,3 +55,13 @@ def test_rows_of_every_kind_become_tables(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_without_plans_there_is_no_section() -> None:
     assert plan_section([]) == ""
+
+
+@pytest.mark.parametrize(("status", "code"), [({}, 0), ({"status": "failed"}, 1)])
+def test_the_command_ends_well_unless_a_row_failed(
+    status: dict[str, str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of a plan have no status: they are there, or there is an error."""
+    rows = [{"kind": "plan", "peer": "memopt", **status}]
+    monkeypatch.setitem(command.OTHERS, plans.CASE, (lambda device, say: rows, "one row"))
+    assert command.main(["run", plans.CASE, "--out", str(tmp_path / "rows.json")]) == code
