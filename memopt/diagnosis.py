@@ -118,7 +118,8 @@ def make_record(split: Splitter, proof: Proof) -> GraphRecord:
         "remarks": tuple(ctx.remarks),
     }
     if not split.outcomes:
-        peak = emitted.peak_bytes if emitted else 0
+        modelled = split.forward.chosen.peak_bytes if split.forward else 0
+        peak = emitted.peak_bytes if emitted else modelled
         return GraphRecord(
             **shared,
             training=False,

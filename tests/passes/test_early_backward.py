@@ -79,8 +79,10 @@ def test_one_part_is_alive_at_a_time_and_nothing_runs_twice(function: Function) 
     assert not same.fits or same.chosen.recompute_seconds > 0
 
 
-@pytest.mark.parametrize(("scale", "budget"), [(1.0, None), (0.3, None), (0.3, "min")])
-@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize(
+    ("lowering", "scale", "budget"),
+    [("eager", 1.0, None), ("eager", 0.3, None), ("eager", 0.3, "min"), ("inductor", 0.3, None)],
+)
 @pytest.mark.parametrize("function", FORMS, ids=lambda f: f.__name__)
 def test_gradients_are_eager_s(
     function: Function, lowering: str, scale: float, budget: Any
