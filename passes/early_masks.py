@@ -12,7 +12,7 @@ Source: masks instead of values are Gist's: Jain et al. (2018), doi:10.1109/ISCA
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import fx
 
@@ -62,8 +62,10 @@ def _is_smaller(node: fx.Node) -> bool:
 
 
 def _nbytes(node: fx.Node) -> int:
-    sizes: list[Any] = [value.nbytes for value in tensors(node.meta.get("val"))]
-    return sum(sizes) if all(isinstance(size, int) for size in sizes) else 0
+    """Of what has a size that does not change; 0 of the rest."""
+    values = tensors(node.meta.get("val"))
+    known = all(isinstance(size, int) for value in values for size in value.shape)
+    return sum(value.nbytes for value in values) if known else 0
 
 
 def _with_views(node: fx.Node, order: dict[fx.Node, int], turn: int) -> list[fx.Node]:
