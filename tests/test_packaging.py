@@ -50,13 +50,17 @@ def test_every_package_is_found(package: str) -> None:
     assert importlib.util.find_spec(package) is not None
 
 
-@pytest.mark.parametrize("name", ["passes.offload", "kernels.host"])
-def test_a_folder_cannot_be_imported_under_a_second_name(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("passes.offload", "ImportError: import memopt.passes, not passes"),
+        ("kernels.host", "ModuleNotFoundError: No module named 'kernels.host'"),
+    ],
+)
+def test_a_folder_cannot_be_imported_under_a_second_name(name: str, told: str) -> None:
     with pytest.raises(subprocess.CalledProcessError) as raised:
         python(f"import {name}")
-    assert "ImportError: import memopt.passes" in (error := raised.value.stderr) or (
-        "ModuleNotFoundError: No module named 'kernels.host'" in error
-    )
+    assert told in raised.value.stderr
 
 
 def test_transformers_works_in_a_checkout() -> None:
