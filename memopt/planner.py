@@ -29,6 +29,7 @@ _MAX_TIGHTEN = 6
 _MAX_SPENDS = 28
 _MAX_DESCENT = 60
 _CLEARLY_LOWER = 0.9
+_CLEARLY_DEARER = 2.0
 # What a value's way to the host and back is worth: nothing where the link is idle, and at most the
 # time that it takes, where every copy is waited for.
 _LINK_SHARES = (0.0, 0.05, 0.3, 2.0)
@@ -252,13 +253,17 @@ class Search:
     def _spend(self, start: Candidate, budget_bytes: int) -> Candidate:
         """(4) Save more, what is dearest per byte first, in batches that adapt.
 
-        Dear is what is recomputed, or held in another form.
+        Dear is what is recomputed, or held in another form: if making that form takes clearly
+        longer than to write and read back the value itself. A gain smaller than the model may be
+        wrong is not worth the bytes.
         """
         problem, best = self.problem, start
         seconds = {i: problem.seconds[i] for i in best.liveness.schedule.recomputed}
         for encoding in problem.joint.encodings:
-            if encoding.encoded in best.saved:
-                seconds[encoding.source] = problem.holding_seconds(encoding)
+            held = problem.holding_seconds(encoding)
+            plain = problem.cost.traffic_seconds(1) * problem.save_bytes[encoding.source]
+            if encoding.encoded in best.saved and held > _CLEARLY_DEARER * plain:
+                seconds[encoding.source] = held
         wanted = sorted(
             (i for i in seconds if 0 < problem.save_bytes[i] < float("inf")),
             key=lambda i: (-seconds[i] / problem.save_bytes[i], i),

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import memopt
+from bench.zoo.vision import resnet
 from memopt.passes.pack_masks import PackMasks
 from tests.graphs import assert_same, lowered, problem_of, seeded
 
@@ -76,6 +77,23 @@ def test_a_dropout_that_must_be_held_is_held_as_bits() -> None:
     assert "pack" in kinds
     assert "pack" not in others
     assert packed <= plain - 7 * SIZE * SIZE // 8
+
+
+def test_bits_are_not_undone_for_a_doubtful_gain() -> None:
+    """A frozen network holds nothing but its masks; this budget has room for them as bytes."""
+
+    def frozen() -> tuple[nn.Module, dict[str, Tensor]]:
+        recipe = resnet((1, 1, 1, 1), 16, frozen=True, batch=8, side=64)
+        inputs = recipe.inputs(0)
+        inputs["images"].requires_grad_()
+        return recipe.build().requires_grad_(False), inputs
+
+    def saved_bytes(budget: float | None) -> int:
+        options = {"memory_budget": budget}
+        (plan,) = memopt.plan_for(frozen, device="h100", options=options).graphs
+        return plan.saved_bytes
+
+    assert saved_bytes(0.95) <= saved_bytes(None) // 4
 
 
 def test_without_a_budget_nothing_is_offered() -> None:
