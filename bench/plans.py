@@ -12,102 +12,35 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import memopt
+from bench.plan_cases import PLANS, STOCK, Made, Options
 from bench.zoo import MODELS, checkpoint_blocks
-from bench.zoo.tuning import FORMS, LowRank, adapt, tuned
-from bench.zoo.vision import resnet
+from bench.zoo.tuning import FORMS, tuned
 from memopt._torch import FakeTensorMode, pytree
 from memopt.backend import read_options
 from memopt.cost import flops
 from memopt.graph import OpKind
 from memopt.outcome import Outcome
-from memopt.passes import JOINT, POST_GRAD, PRE_GRAD
 from memopt.planning import plan_with
 from memopt.problem import Candidate
 from memopt.splitting import Splitter, stock_saved_set
 
 CASE = "plans"
 DEVICE = "h100"
-GB = 10**9
-Made = tuple[nn.Module, dict[str, Tensor]]
 Point = tuple[int, float]
 # Several graphs to a step; and grouped products, which on fake tensors are of bfloat16 alone.
 _NOT_PLANNED = {"graph_break", "functorch", "float32_only"}
 _TUNED = {"vocab": 4096, "hidden": 256, "inter": 704, "batch": 4, "length": 512}
-_WITHOUT = {pass_.name: False for pass_ in (*PRE_GRAD, *JOINT, *POST_GRAD)}
-
-
-def llama3_8b() -> Made:
-    """Llama-3-8B in bfloat16, all of it trained, on one sequence of 8192 tokens."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=128256, hidden_size=4096, intermediate_size=14336,
-                num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-                max_position_embeddings=8192, use_cache=False, attn_implementation="sdpa",
-            )
-        )  # fmt: skip
-    finally:
-        torch.set_default_dtype(torch.float32)
-    ids = torch.zeros(1, 8192, dtype=torch.long)
-    return model.train(), {"input_ids": ids, "labels": ids}
-
-
-def vit_b_lora() -> Made:
-    """ViT-B/16 with LoRA at queries and values, 32 images."""
-    from transformers import ViTConfig, ViTForImageClassification
-
-    model = ViTForImageClassification(ViTConfig()).train()
-    adapt(model, LowRank, "query", "value", "q_proj", "v_proj")
-    labels = torch.zeros(32, dtype=torch.long)
-    return model, {"pixel_values": torch.randn(32, 3, 224, 224), "labels": labels}
-
-
-def resnet50_frozen() -> Made:
-    """ResNet-50, nothing trained, with a gradient to its input; 32 images."""
-    recipe = resnet((3, 4, 6, 3), 64, frozen=True, batch=32, side=224)
-    model, inputs = recipe.build().requires_grad_(False), recipe.inputs(0)
-    inputs["images"].requires_grad_(True)
-    return model, inputs
-
-
-@dataclass(frozen=True)
-class PlanCase:
-    """A model, and the options to plan it with, by what the results call them."""
-
-    make: Callable[[], Made]
-    options: Mapping[str, Mapping[str, Any]]
-
-
-PLANS = {
-    "llama3_8b": PlanCase(
-        llama3_8b,
-        {
-            "recompute": {"memory_budget": 17 * GB},
-            "recompute, offload": {"memory_budget": 17 * GB, "passes": {"offload": True}},
-        },
-    ),
-    "vit_b_lora": PlanCase(vit_b_lora, {"half": {"memory_budget": 0.5}}),
-    "resnet50_frozen": PlanCase(
-        resnet50_frozen,
-        {"nine tenths": {"memory_budget": 0.9}, "min": {"memory_budget": "min"}},
-    ),
-}
 
 
 def run(device: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Rows of all kinds; the device that is planned for is in the table, not here."""
     rows = []
     for name, case in PLANS.items():
-        stock: Mapping[str, Any] = {"memory_budget": None, "passes": _WITHOUT}
-        for peer, options in {"inductor": stock, **case.options}.items():
+        for peer, options in {"inductor": STOCK, **case.options}.items():
             rows.append(_plan_row(name, case.make, peer, options))
             say(f"{name}: {peer}: {rows[-1]}")
     for form in FORMS:
@@ -127,8 +60,7 @@ def _tuning_rows(form: str) -> list[dict[str, Any]]:
     def make() -> Made:
         return tuned(form, **_TUNED)
 
-    stock: Mapping[str, Any] = {"memory_budget": None, "passes": _WITHOUT}
-    peers = {"inductor": stock, "memopt": {"memory_budget": None}}
+    peers: Mapping[str, Options] = {"inductor": STOCK, "memopt": {"memory_budget": None}}
     planned = [_plan_row(form, make, peer, options) for peer, options in peers.items()]
     with FakeTensorMode(allow_non_fake_inputs=True):
         eager = eager_held_bytes(*make())
@@ -161,9 +93,7 @@ def eager_held_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     return sum(storage.nbytes() for storage in held.values())
 
 
-def _plan_row(
-    name: str, make: Callable[[], Made], peer: str, options: Mapping[str, Any]
-) -> dict[str, Any]:
+def _plan_row(name: str, make: Callable[[], Made], peer: str, options: Options) -> dict[str, Any]:
     """One model under one configuration; torch's partition where no pass of memopt's runs."""
     report = memopt.plan_for(make, device=DEVICE, options=options)
     graph = max(report.graphs, key=lambda g: g.baseline_peak_bytes)

@@ -1,6 +1,7 @@
 """Predicates over FX nodes: what a node is, decided from its operator's schema and tags."""
 
 import enum
+import functools
 import operator
 import os
 import re
@@ -65,6 +66,7 @@ _REPEATABLE_NAMES = frozenset(
 _DETERMINISTIC_NAMESPACES = frozenset({"aten", "prims", "inductor_prims", "mkldnn", "quantized"})
 
 
+@functools.cache
 def packet_name(target: Any) -> str:
     """``"aten.mm"`` for ``aten.mm.default``; the plain name of anything else."""
     if isinstance(target, OpOverload):

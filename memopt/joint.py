@@ -163,6 +163,7 @@ def index_joint_graph(gm: fx.GraphModule, info: NodeInfo, *, num_fwd_outputs: in
     builder = _StorageBuilder(nodes, index)
     inputs = tuple(tuple(index[a] for a in n.all_input_nodes) for n in nodes)
     forwardable = tuple(n not in info.tangents_closure for n in nodes)
+    required = set(info.required_fw_nodes)
     returned = _indices(forward_outputs, index)
     held = {s for i in returned for s in builder.storage_of[i]}  # as they are, in any case
     encodings = (
@@ -178,7 +179,7 @@ def index_joint_graph(gm: fx.GraphModule, info: NodeInfo, *, num_fwd_outputs: in
         allocates=tuple(builder.allocates),
         kind=tuple(predicates.op_kind(n) for n in nodes),
         forwardable=forwardable,
-        required_forward=tuple(n in info.required_fw_nodes for n in nodes),
+        required_forward=tuple(n in required for n in nodes),
         recomputable=tuple(predicates.is_recomputable(n) for n in nodes),
         forward_outputs=returned,
         backward_outputs=_indices(backward_outputs, index),

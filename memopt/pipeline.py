@@ -95,12 +95,13 @@ class Pipeline:
         A pass that raises, or leaves a broken graph, is undone with a remark and a warning; with
         ``strict`` it raises.
         """
+        before: fx.Graph | None = None  # a copy; good for as long as nothing is rewritten
         for pass_ in self.passes:
             if not ctx.config.enabled(pass_.name):
                 ctx.remark(pass_.name, RemarkKind.ANALYSIS, "switched off by options['passes']")
                 continue
             configured = configure(pass_, ctx.config)
-            before = copy_graph(gm.graph)
+            before = before or copy_graph(gm.graph)
             said, wrapped = len(ctx.remarks), len(ctx.wrappers)
             start = time.perf_counter()
             try:
@@ -110,10 +111,12 @@ class Pipeline:
             except Exception as error:
                 if ctx.config.strict:
                     raise
-                gm.graph = before
+                gm.graph, before = before, None
                 del ctx.remarks[said:], ctx.wrappers[wrapped:]
                 self._report_undone(pass_, error, ctx)
                 continue
+            if rewrites:
+                before = None
             ctx.rewrites[pass_.name] = ctx.rewrites.get(pass_.name, 0) + rewrites
             self._dump(pass_, gm, rewrites, time.perf_counter() - start)
 

@@ -75,12 +75,14 @@ class Search:
             return self.free
         if self.fastest.peak_bytes <= budget_bytes:
             return self.fastest
-        levels = [c for c in self.levels if c.peak_bytes <= budget_bytes]
-        starts = [
-            min(found, key=_cost) for found in (levels, [*self._mixed(budget_bytes)]) if found
-        ]
+        uniform = [c for c in (*self.levels, *self.checkpoints) if c.peak_bytes <= budget_bytes]
+        mixed = [*self._mixed(budget_bytes)]
+        # What is fast has little left to spend; what is low has more, for other values.
+        ranked = ((uniform + mixed, _cost), (uniform, _height))
+        starts = [min(found, key=rank) for found, rank in ranked if found]
         if not starts and self.floor.peak_bytes <= budget_bytes:
             starts = [self.floor]
+        self.deadline = max(self.deadline, time.thread_time() + self.time_limit)
         spent = [self._spend(start, budget_bytes) for start in starts]
         return min(spent, key=_cost, default=None)
 
@@ -107,10 +109,7 @@ class Search:
         """The plan of least peak that the search can find; has a time limit of its own."""
         self.deadline = max(self.deadline, time.thread_time() + self.time_limit)
         tables = self.tables
-        starts = [min(self.levels, key=_height)]
-        checkpoints = [self._checkpointed(crossing) for crossing in self.regions.checkpoints()]
-        if checkpoints:
-            starts.append(min(checkpoints, key=_height))
+        starts = [min(c, key=_height) for c in (self.levels, self.checkpoints) if c]
         choice = lowest_peak(tables, self._left())
         if choice is not None:
             starts.append(self.problem.evaluate(tables.mix(choice), "lowest peak"))
@@ -162,7 +161,7 @@ class Search:
     def tables(self) -> Tables:
         """Levels by price of a byte, tabulated by region; made when first needed."""
         if self._tables is None:
-            levels = [*self.levels, *self._link_levels()]
+            levels = [*self.levels, *self.checkpoints, *self._link_levels()]
             self._tables = tabulate(self.problem, self.regions.of, levels)
             self.deadline = time.thread_time() + self.time_limit
         return self._tables
@@ -213,12 +212,11 @@ class Search:
         """Of the forward."""
         return find_regions(self.problem)
 
-    def _checkpointed(self, crossing: frozenset[int]) -> Candidate:
-        """Saves what crosses some boundaries, as far as the backward reads it."""
-        schedule = self.problem.evaluate(crossing, "checkpoints").liveness.schedule
-        read = {u for i in schedule.backward for u in schedule.behind.inputs[i]}
-        read.update(schedule.joint.backward_outputs)
-        return self.problem.evaluate(schedule.saved & read, "checkpoints")
+    @cached_property
+    def checkpoints(self) -> Sequence[Candidate]:
+        """Per-block checkpointing, by how many regions are a block."""
+        crossings = self.regions.checkpoints()
+        return [self.problem.evaluate(crossing, "checkpoints") for crossing in crossings]
 
     def _prices(self) -> tuple[float, float]:
         """Seconds per byte at which nothing, and at which everything, is worth recomputing."""

@@ -39,14 +39,15 @@ class Schedule:
 def make_schedule(joint: JointGraph, saved: Iterable[int]) -> Schedule:
     """Order both halves; each recomputation runs just before its first use.
 
+    Of what is to be saved, what the backward does not read is left out.
+
     Running recomputation early would hold its results for longer than needed: the peak of a
     checkpointed step depends on this order as much as on what is saved.
     """
     saved = joint.settled(saved)
     behind = joint.holding(saved)
     backward = _backward(behind, saved)
-    ran = set(backward)
-    saved -= {e.encoded for e in joint.encodings if e.decoded not in ran}
+    saved &= {u for i in backward for u in behind.inputs[i]}.union(joint.backward_outputs)
     forward = _forward(joint, _ancestors(joint, [*joint.forward_outputs, *saved]))
     return Schedule(
         joint,

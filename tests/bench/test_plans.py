@@ -8,8 +8,9 @@ import pytest
 
 from bench import __main__ as command
 from bench import plans, plot
+from bench.plan_cases import PlanCase
 from bench.plan_tables import plan_section
-from bench.plans import PlanCase, area
+from bench.plans import area
 from bench.results import header, save
 from bench.zoo import MODELS
 from tests.test_planning import make

@@ -1,0 +1,129 @@
+"""Models that do not fit here, and the options that `bench.plans` plans them with."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.zoo.tuning import LowRank, adapt
+from bench.zoo.vision import resnet
+from memopt.passes import JOINT, POST_GRAD, PRE_GRAD
+
+GB = 10**9
+Made = tuple[nn.Module, dict[str, Tensor]]
+Options = Mapping[str, Any]
+# With torch's own partition of the graph.
+STOCK: Options = {
+    "memory_budget": None,
+    "passes": {pass_.name: False for pass_ in (*PRE_GRAD, *JOINT, *POST_GRAD)},
+}
+
+
+@dataclass(frozen=True)
+class PlanCase:
+    """A model, and the options to plan it with, by what the results call them."""
+
+    make: Callable[[], Made]
+    options: Mapping[str, Options]
+
+
+def llama3_8b() -> Made:
+    """Llama-3-8B in bfloat16, all of it trained, on one sequence of 8192 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=128256, hidden_size=4096, intermediate_size=14336,
+                num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+                max_position_embeddings=8192, use_cache=False, attn_implementation="sdpa",
+            )
+        )  # fmt: skip
+    finally:
+        torch.set_default_dtype(torch.float32)
+    ids = torch.zeros(1, 8192, dtype=torch.long)
+    return model.train(), {"input_ids": ids, "labels": ids}
+
+
+def vit_b_lora() -> Made:
+    """ViT-B/16 with LoRA at queries and values, 32 images."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    model = ViTForImageClassification(ViTConfig()).train()
+    adapt(model, LowRank, "query", "value", "q_proj", "v_proj")
+    return model, _images("pixel_values", batch=32)
+
+
+def resnet50_frozen() -> Made:
+    """ResNet-50, nothing trained, with a gradient to its input; 32 images."""
+    model, inputs = resnet50(frozen_norms=True)
+    inputs["images"].requires_grad_(True)
+    return model.requires_grad_(False), inputs
+
+
+def resnet50(*, frozen_norms: bool) -> Made:
+    """ResNet-50, all of it trained; 32 images."""
+    recipe = resnet((3, 4, 6, 3), 64, frozen=frozen_norms, batch=32, side=224)
+    return recipe.build(), recipe.inputs(0)
+
+
+def mobilenet_v2() -> Made:
+    """MobileNetV2, all of it trained, norms in eval mode; 16 images."""
+    from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
+
+    config = MobileNetV2Config(tf_padding=False, num_labels=10)
+    return _with_norms_in_eval(MobileNetV2ForImageClassification(config))
+
+
+def efficientnet_b0() -> Made:
+    """EfficientNet-b0, all of it trained, norms in eval mode; 16 images."""
+    from transformers import EfficientNetConfig, EfficientNetForImageClassification
+
+    config = EfficientNetConfig(
+        width_coefficient=1.0, depth_coefficient=1.0, image_size=224, hidden_dim=1280,
+        dropout_rate=0.2, num_labels=10,
+    )  # fmt: skip
+    return _with_norms_in_eval(EfficientNetForImageClassification(config))
+
+
+def regnet_y_040() -> Made:
+    """RegNet-y-040, all of it trained, norms in eval mode; 16 images."""
+    from transformers import RegNetConfig, RegNetForImageClassification
+
+    config = RegNetConfig(
+        depths=[2, 6, 12, 2], hidden_sizes=[128, 192, 512, 1088], groups_width=64,
+        layer_type="y", num_labels=10,
+    )  # fmt: skip
+    return _with_norms_in_eval(RegNetForImageClassification(config))
+
+
+PLANS = {
+    "llama3_8b": PlanCase(
+        llama3_8b,
+        {
+            "recompute": {"memory_budget": 17 * GB},
+            "recompute, offload": {"memory_budget": 17 * GB, "passes": {"offload": True}},
+        },
+    ),
+    "vit_b_lora": PlanCase(vit_b_lora, {"half": {"memory_budget": 0.5}}),
+    "resnet50_frozen": PlanCase(
+        resnet50_frozen,
+        {"nine tenths": {"memory_budget": 0.9}, "min": {"memory_budget": "min"}},
+    ),
+}
+
+
+def _with_norms_in_eval(model: nn.Module) -> Made:
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return model, _images("pixel_values", batch=16)
+
+
+def _images(name: str, *, batch: int) -> dict[str, Tensor]:
+    labels = torch.zeros(batch, dtype=torch.long)
+    return {name: torch.randn(batch, 3, 224, 224), "labels": labels}
