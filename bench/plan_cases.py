@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,14 +60,14 @@ def vit_b_lora() -> Made:
 
 def resnet50_frozen() -> Made:
     """ResNet-50, nothing trained, with a gradient to its input; 32 images."""
-    model, inputs = resnet50(frozen_norms=True)
+    model, inputs = resnet50(norms_in_eval=True)
     inputs["images"].requires_grad_(True)
     return model.requires_grad_(False), inputs
 
 
-def resnet50(*, frozen_norms: bool) -> Made:
+def resnet50(*, norms_in_eval: bool) -> Made:
     """ResNet-50, all of it trained; 32 images."""
-    recipe = resnet((3, 4, 6, 3), 64, frozen=frozen_norms, batch=32, side=224)
+    recipe = resnet((3, 4, 6, 3), 64, frozen=norms_in_eval, batch=32, side=224)
     return recipe.build(), recipe.inputs(0)
 
 
@@ -100,6 +101,19 @@ def regnet_y_040() -> Made:
     return _with_norms_in_eval(RegNetForImageClassification(config))
 
 
+def _with_norms_in_eval(model: nn.Module) -> Made:
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return model, _images("pixel_values", batch=16)
+
+
+def _images(name: str, *, batch: int) -> dict[str, Tensor]:
+    labels = torch.zeros(batch, dtype=torch.long)
+    return {name: torch.randn(batch, 3, 224, 224), "labels": labels}
+
+
 PLANS = {
     "llama3_8b": PlanCase(
         llama3_8b,
@@ -113,17 +127,11 @@ PLANS = {
         resnet50_frozen,
         {"nine tenths": {"memory_budget": 0.9}, "min": {"memory_budget": "min"}},
     ),
+    "resnet50_norms_in_eval": PlanCase(
+        partial(resnet50, norms_in_eval=True), {"0.95": {"memory_budget": 0.95}}
+    ),
+    "resnet50": PlanCase(partial(resnet50, norms_in_eval=False), {"0.6": {"memory_budget": 0.6}}),
+    "mobilenet_v2": PlanCase(mobilenet_v2, {"0.95": {"memory_budget": 0.95}}),
+    "efficientnet_b0": PlanCase(efficientnet_b0, {"0.55": {"memory_budget": 0.55}}),
+    "regnet_y_040": PlanCase(regnet_y_040, {"0.8": {"memory_budget": 0.8}}),
 }
-
-
-def _with_norms_in_eval(model: nn.Module) -> Made:
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-    return model, _images("pixel_values", batch=16)
-
-
-def _images(name: str, *, batch: int) -> dict[str, Tensor]:
-    labels = torch.zeros(batch, dtype=torch.long)
-    return {name: torch.randn(batch, 3, 224, 224), "labels": labels}
