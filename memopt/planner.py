@@ -1,9 +1,10 @@
 """Chooses what each half keeps: the least extra time whose peak stays under the budget.
 
 (1) Sweep the price of a byte: each price gives, by one minimum cut, a *level*: the cheapest
-saved set at that price. (2) Mix levels by region: greedy along the hull, refined by HiGHS.
-(3) Evaluate the mix exactly; if it is over, tighten the tables' budget by the overshoot and
-solve again. (4) Spend what is left: save again what is dearest to recompute, while it fits.
+saved set at that price. Per-block checkpoints are levels too. (2) Mix levels by region: greedy
+along the hull, refined by HiGHS. (3) Evaluate the mix exactly; if it is over, tighten the tables'
+budget by the overshoot and solve again. (4) Spend what is left: save again what is dearest to
+recompute, while it fits.
 
 Sources: the hull and the multiplier are Lagrangian relaxation (Everett, 1963); keeping or
 recomputing under a memory bound as a mixed-integer program is Checkmate (Jain et al., 2020);

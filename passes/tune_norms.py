@@ -7,8 +7,8 @@ times its own gradient, channel by channel, once the gradient is made before the
 ``sum(d * (w @ x)) = sum(w * (d @ x))``. So the input is held, and the result is not.
 
 Runs under a budget, or where the options name it. Pays: the bytes of every such result, and
-reading them. Exact up to the order of sums, which is now
-that of the weight's gradient; the forward is untouched, and a scale of 0 has the gradient it had.
+reading them. Exact up to the order of sums, which is now that of the weight's gradient; the
+forward is untouched, and a scale of 0 has the gradient it had.
 
 Does not: where the layer is frozen, since the gradient of its weight is a product more; in low
 precision, where that gradient is rounded before it is summed.
