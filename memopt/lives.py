@@ -79,16 +79,15 @@ class Half:
     def made(self, step: int, i: int) -> dict[int, int]:
         """The lives behind a node's value: opened here, or those of the value it is a view of."""
         joint = self.joint
-        fresh = {s: self._open(s, step) for s in joint.allocates[i]}
-        if len(fresh) == len(joint.storage_of[i]):
+        own, all_ = joint.allocates[i], joint.storage_of[i]
+        fresh = {s: self._open(s, step) for s in own} if own else {}
+        if len(own) == len(all_):
             return fresh
         for u in joint.inputs[i]:
             known = self.value.get(u, {})
-            if not fresh and joint.storage_of[u] == joint.storage_of[i]:
+            if not own and joint.storage_of[u] == all_:
                 return known  # shared, as it never changes
-            fresh.update(
-                (s, known[s]) for s in joint.storage_of[i] if s in known and s not in fresh
-            )
+            fresh.update((s, known[s]) for s in all_ if s in known and s not in fresh)
         return fresh
 
     def lives(self) -> list[Life]:
@@ -137,8 +136,12 @@ class FusedHalf(Half):
                 self.value[i] = self.made(step, i)
             return
         sources: set[int] = set()
+        reads, value = self.reads, self.value
         for u in joint.inputs[i]:
-            sources.update(self.reads.get(u) or self.value.get(u, {}).values())
+            if u in reads:
+                sources |= reads[u]
+            elif u in value:
+                sources.update(value[u].values())
         if kind is OpKind.POINTWISE and not self.written.intersection(joint.allocates[i]):
             limit = _MAX_READS_SHARED if self.readers[i] > 1 else _MAX_READS
             if len(sources) <= limit:

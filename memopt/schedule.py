@@ -92,12 +92,12 @@ def _take_apart_at_once(joint: JointGraph, order: list[int]) -> list[int]:
     moved = {i for whole in ran.intersection(parts) for i in parts[whole]}
     result: list[int] = []
     for i in order:
-        if i not in moved:
-            stack = [i]
-            while stack:
-                node = stack.pop()
-                result.append(node)
-                stack.extend(part for part in reversed(parts.get(node, ())) if part in ran)
+        stack = [] if i in moved else [i]
+        while stack:
+            node = stack.pop()
+            result.append(node)
+            if node in parts:
+                stack.extend(part for part in reversed(parts[node]) if part in ran)
     return result
 
 
