@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from bench.peers import ALL, CORE, HEADS, OFFLOADS, QUICK
+from bench.peers import ALL, CORE, HEADS, NORMS, OFFLOADS, QUICK
 from bench.zoo import MODELS
 
 Outputs = Literal["held", "dropped", "loss"]
@@ -49,6 +49,7 @@ _HEADLINE = (
     Case(name="llama_head_bf16", model="llama_head", peers=HEADS, dtype="bfloat16"),
     Case(name="llama_head_small", model="llama_head", size="small", peers=HEADS),
     Case(name="clip_head", model="clip_head", peers=QUICK),
+    Case(name="resnet50_frozen_norm", model="resnet50_frozen_norm", peers=NORMS),
 )
 _TABLE = (
     *_HEADLINE,

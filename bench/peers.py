@@ -36,6 +36,7 @@ class Peer:
         activation_budget: functorch's ``activation_memory_budget``, a share of saved bytes.
         memory_budget: memopt's option of that name; a `PeakOf` is turned into bytes.
         auto_chunker: whether Inductor's own chunking of losses is on.
+        folded_norms: whether Inductor's own rewrite of convolutions with norms in eval mode is.
         library: whose linear layer and cross-entropy in one are the head and loss, if any.
     """
 
@@ -46,6 +47,7 @@ class Peer:
     activation_budget: float | None = None
     memory_budget: Budget = None
     auto_chunker: bool = False
+    folded_norms: bool = False
     library: str | None = None
 
     @property
@@ -64,6 +66,8 @@ class Peer:
             words.append(f"`{setting}`, a bound on saved bytes")
         if self.auto_chunker:
             words.append("Inductor's own chunking of losses on")
+        if self.folded_norms:
+            words.append("`torch._inductor.config.efficient_conv_bn_eval_fx_passes`")
         if self.library is not None:
             words.append(f"head and loss in one from {LIBRARIES[self.library].distribution}")
         return ", ".join(words)
@@ -102,6 +106,7 @@ PEERS: Mapping[str, Peer] = {
         Peer(name="inductor 0.1", compiler="inductor", activation_budget=0.1),
         Peer(name="inductor 0", compiler="inductor", activation_budget=0.0),
         Peer(name="inductor auto-chunker", compiler="inductor", auto_chunker=True),
+        Peer(name="inductor folded norms", compiler="inductor", folded_norms=True),
         Peer(name="inductor linear_cross_entropy", compiler="inductor", library="torch"),
         Peer(name="inductor+liger", compiler="inductor", library="liger"),
         Peer(name="inductor+cut_cross_entropy", compiler="inductor", library="cut"),
@@ -122,6 +127,11 @@ PEERS: Mapping[str, Peer] = {
             name="memopt @ half of inductor",
             compiler="memopt",
             memory_budget=PeakOf("inductor", 0.5),
+        ),
+        Peer(
+            name="memopt @ inductor folded norms",
+            compiler="memopt",
+            memory_budget=PeakOf("inductor folded norms"),
         ),
         Peer(
             name="memopt @ inductor+checkpoint",
@@ -145,8 +155,14 @@ OFFLOADS = (
     "inductor+offload", "memopt", "memopt @ half of inductor",
     "memopt+offload @ half of inductor", "memopt+offload min",
 )  # fmt: skip
+NORMS = (
+    "eager", "inductor", "inductor+checkpoint", "inductor folded norms", "memopt",
+    "memopt @ inductor folded norms", "memopt @ half of inductor", "memopt min",
+)  # fmt: skip
 ALL = tuple(
-    name for name, peer in PEERS.items() if not (peer.auto_chunker or peer.library or peer.offload)
+    name
+    for name, peer in PEERS.items()
+    if not (peer.auto_chunker or peer.library or peer.offload or "folded norms" in name)
 )
 CORE = (
     "eager", "inductor", "inductor+checkpoint",

@@ -85,6 +85,7 @@ def compile_for(
         if peer.offload:
             offload_in_inductor()
         torch._inductor.config.auto_chunker.enable = peer.auto_chunker
+        torch._inductor.config.efficient_conv_bn_eval_fx_passes = peer.folded_norms
         if peer.library is None:
             return torch.compile(module)
         return _with_library(LIBRARIES[peer.library], module, device)

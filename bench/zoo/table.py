@@ -55,7 +55,7 @@ _ENTRIES = (
         bench=vision.resnet((3, 4, 6, 3), 64, frozen=False, batch=4, side=128)),
     _model("resnet50_frozen_norm", _CONV,
         tiny=vision.resnet((1, 1, 1, 1), 8, frozen=True, batch=4, side=64),
-        bench=vision.resnet((3, 4, 6, 3), 64, frozen=True, batch=4, side=128)),
+        bench=vision.resnet((3, 4, 6, 3), 64, frozen=True, batch=8, side=128)),
     _model("densenet", _CONV + " mutation",
         tiny=vision.densenet((2, 2), 8, batch=4, side=16),
         bench=vision.densenet((6, 8, 8), 16, batch=8, side=64)),
