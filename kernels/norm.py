@@ -115,7 +115,12 @@ def _plain(*args: Any) -> Results:
     if centred:
         z = z - mean[..., None]
     rstd = (z.square().mean(-1) + eps).rsqrt()
-    y = _scaled(z * rstd[..., None], weight, bias, offset).to(x.dtype)
+    z = z * rstd[..., None]
+    if weight is not None:  # not by a function, whose caller may hold what it has passed
+        z = z * (weight.to(z.dtype) + offset)
+    if bias is not None:
+        z = z + bias.to(z.dtype)
+    y = z.to(x.dtype)
     return y.contiguous(), x.new_empty(0) if residual is None else total.contiguous(), mean, rstd
 
 

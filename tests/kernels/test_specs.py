@@ -1,9 +1,11 @@
 """Every kernel that states what it does passes the gate, in every dtype and on every target."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch.utils import _pytree as pytree
 
 pytest.importorskip("triton")
@@ -14,7 +16,7 @@ from bench.triton.interpreter import install
 from memopt.kernels import serving, specs
 from memopt.kernels.spec import KernelSpec
 from tests.references import LOW_PRECISION
-from tests.scratch import assert_scratch_is_within
+from tests.scratch import assert_scratch_is_within, scratch_of
 
 install()
 SPECS = {spec.name: spec for spec in specs()}
@@ -53,6 +55,14 @@ def test_it_allocates_no_more_than_it_says(
     monkeypatch.setattr(serving, "knows", lambda device: interpreted)
     for sample in spec.samples(dtype):
         assert_scratch_is_within(spec, *sample)
+
+
+def test_a_norm_allocates_no_more_where_dynamo_runs_its_frames() -> None:
+    """A call from such a frame holds its arguments until it returns."""
+    spec = SPECS["memopt::norm"]
+    for sample in spec.samples(torch.bfloat16):
+        call = torch._dynamo.run(partial(spec.operator, *sample))
+        assert scratch_of(call) <= spec.scratch(*sample) + 4096
 
 
 @pytest.mark.gpu
