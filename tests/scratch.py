@@ -33,7 +33,15 @@ def assert_scratch_is_stated(spec: KernelSpec, *args: Any) -> None:
     assert_scratch_is(spec.scratch(*args), partial(spec.operator, *args))
 
 
-def assert_scratch_is_within(spec: KernelSpec, *args: Any) -> None:
-    """It is no more than a kernel states of itself, of small arguments and other layouts too."""
-    measured = scratch_of(partial(spec.operator, *args))
+def assert_scratch_is_within(
+    spec: KernelSpec, *args: Any, run: Callable[[Any], Any] = lambda call: call
+) -> None:
+    """It is no more than a kernel states of itself, of small arguments and other layouts too.
+
+    Args:
+        spec: the kernel.
+        args: its arguments.
+        run: makes of the call what is measured.
+    """
+    measured = scratch_of(run(partial(spec.operator, *args)))
     assert measured <= spec.scratch(*args) + _PAGE_BYTES + _TRANSPOSED_BYTES
