@@ -17,7 +17,7 @@ from memopt.config import Config
 from memopt.device import device_spec
 from memopt.ledger import LEDGER
 from memopt.lowering import lower_eagerly, lower_with_inductor
-from memopt.passes import CUT_ROWS, FORMS, JOINT, POST_GRAD, PRE_GRAD
+from memopt.passes import CUT_MAPS, CUT_ROWS, FORMS, JOINT, POST_GRAD, PRE_GRAD
 from memopt.pipeline import Compiled, Named, PassContext, Pipeline, configure
 from memopt.proofs import Proof, recall, remember
 from memopt.record import GraphRecord
@@ -59,7 +59,7 @@ def read_options(options: Mapping[str, object] | None, *, mode: str | None = Non
     Raises:
         ConfigError: an option is unknown or impossible.
     """
-    passes: tuple[Named, ...] = (*PRE_GRAD, *JOINT, *FORMS, CUT_ROWS, *POST_GRAD)
+    passes: tuple[Named, ...] = (*PRE_GRAD, *JOINT, *FORMS, CUT_ROWS, CUT_MAPS, *POST_GRAD)
     known = {p.name: tuple(vars(p)) for p in passes}
     config = Config.from_options(options, mode=mode, known_passes=known)
     for pass_ in passes:
@@ -159,7 +159,8 @@ def _cache_key(config: Config, held_bytes: int, margin_bytes: int | None) -> str
         Pipeline(stage, passes).uuid(config)
         for stage, passes in (("pre_grad", PRE_GRAD), ("joint", JOINT), ("post_grad", POST_GRAD))
     ]
-    forms = repr([*(configure(form, config) for form in FORMS), configure(CUT_ROWS, config)])
+    cutters = configure(CUT_ROWS, config), configure(CUT_MAPS, config)
+    forms = repr([*(configure(form, config) for form in FORMS), *cutters])
     facts = __version__, _source_hash(), config.key(), str(held_bytes), str(margin_bytes), forms
     return "|".join([*facts, *pipelines])
 

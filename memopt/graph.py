@@ -141,6 +141,9 @@ READ_ONCE = "memopt_read_once"
 OVERWRITES = "memopt_overwrites"
 """Set in ``node.meta`` where the node's first input dies and may take the node's second result."""
 
+IN_PLACE = "memopt_in_place"
+"""Set in ``node.meta`` where the node's value is to be written over its first input."""
+
 INLINED = "memopt_inlined"
 """Set in ``node.meta`` where the planner takes the value to be computed inside its readers."""
 

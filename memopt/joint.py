@@ -135,6 +135,16 @@ class JointGraph:
         return replace(self, inputs=inputs, storage_of=storage_of)
 
     @cached_property
+    def returned(self) -> frozenset[int]:
+        """Results of the forward in storages of their own, which are alive to the end."""
+        storages = self.storages
+        return frozenset(
+            i
+            for i in self.forward_outputs
+            if any(storages[s].base == i and not storages[s].resident for s in self.storage_of[i])
+        )
+
+    @cached_property
     def parts(self) -> dict[int, list[int]]:
         """For each node whose tuple is taken apart, the ``getitem`` nodes that do so."""
         parts: dict[int, list[int]] = {}
@@ -235,7 +245,8 @@ class _StorageBuilder:
         """The storages of the node that ``node`` is a view of; None where it is no view."""
         if node.op != "call_function" or not node.all_input_nodes:
             return None
-        if predicates.is_mutating(node) and isinstance(node.args[0], fx.Node):
+        over = predicates.is_mutating(node) or predicates.IN_PLACE in node.meta
+        if over and isinstance(node.args[0], fx.Node):
             return self.storage_of[index[node.args[0]]]
         if not predicates.is_view(node):
             return None

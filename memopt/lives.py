@@ -63,6 +63,8 @@ class Half:
                 if s not in shared:
                     shared[s] = self._open(s, start)
             self.value[i] = {s: shared[s] for s in joint.storage_of[i] if s in shared}
+        self.kept_before = self.value.keys() & self.kept  # by the caller, whatever is made again
+        self.pinned = {life for i in self.kept_before for life in self.value[i].values()}
         for step, i in enumerate(order, start):
             self.visit(step, i)
             if overwrites(joint.nodes[i]):
@@ -94,9 +96,9 @@ class Half:
         """Every life, with what is kept alive to the end of the half."""
         for step, life in self.overwritten:
             self.last[life] = step - 1
-        for i in self.kept:
-            for life in self.value.get(i, {}).values():
-                self.last[life] = self.end - 1
+        made = (self.value.get(i, {}).values() for i in self.kept if i not in self.kept_before)
+        for life in self.pinned.union(*made):
+            self.last[life] = self.end - 1
         rows = zip(self.storage, self.first, self.last, strict=True)
         return [(s, first, last) for s, first, last in rows if first < self.end]
 

@@ -28,7 +28,8 @@ from memopt.splitting import Splitter
 # layers of a backward that holds a layer's largest buffers while nothing needs them.
 _HOLD_NOTHING_BACK = {"allow_buffer_reuse": False}
 # Copies of weights and images in the layout that convolutions prefer live through the whole step.
-# On the CPU they buy no time; on a GPU they do, and are left for the certificate to count.
+# On the CPU they buy no time; on a GPU they do, and are left for the certificate to count. Where
+# nothing is trained, maps in that layout are the only ones.
 _COPY_NOTHING = {"layout_optimization": False}
 
 
@@ -103,7 +104,7 @@ def lower_with_inductor(
         bounded = split.config.memory_budget.kind != "none"
         if bounded:
             stack.enter_context(inductor_handlers.set_choices_handler(NearbyFusion()))
-            layout = {} if _on_gpu(inputs) else _COPY_NOTHING
+            layout = {} if _on_gpu(inputs) or not _trains(inputs) else _COPY_NOTHING
             patches = {**_HOLD_NOTHING_BACK, **layout, **patches}
         if sink is not None:
             stack.enter_context(functorch_config.patch(force_non_lazy_backward_lowering=True))
@@ -121,11 +122,18 @@ def _on_gpu(inputs: Sequence[Any]) -> bool:
     return any(isinstance(x, torch.Tensor) and x.device.type != "cpu" for x in inputs)
 
 
+def _trains(inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(x, torch.Tensor) and x.requires_grad for x in inputs
+    )
+
+
 def lower_eagerly(gm: fx.GraphModule, inputs: Sequence[Any], split: Splitter) -> Compiled:
     """Interpret both halves node by node, each value freed after its last use.
 
     Eager's kernels are kept, but for ``mse_loss``, whose scalar result on the CPU keeps a buffer
-    of the inputs' size alive, and ``softplus_backward``, whose strides are not the traced ones.
+    of the inputs' size alive, ``softplus_backward``, whose strides are not the traced ones, and
+    zeros that take no memory, for which what reads them takes more.
     """
 
     def cut_and_interpret(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
@@ -139,7 +147,10 @@ def lower_eagerly(gm: fx.GraphModule, inputs: Sequence[Any], split: Splitter) ->
         bw_compiler=_interpret,
         inference_compiler=cut_and_interpret,
         partition_fn=split,
-        decompositions=get_decompositions([aten.mse_loss, aten.softplus_backward]),
+        decompositions={
+            **get_decompositions([aten.mse_loss, aten.softplus_backward]),
+            aten._efficientzerotensor.default: aten.zeros.default,
+        },
     )
     compiled: Compiled = compiler(gm, inputs)
     return compiled

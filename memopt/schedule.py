@@ -39,12 +39,13 @@ class Schedule:
 def make_schedule(joint: JointGraph, saved: Iterable[int]) -> Schedule:
     """Order both halves; each recomputation runs just before its first use.
 
-    Of what is to be saved, what the backward does not read is left out.
+    Of what is to be saved, what the backward does not read is left out; results that the caller
+    holds anyway are not recomputed.
 
     Running recomputation early would hold its results for longer than needed: the peak of a
     checkpointed step depends on this order as much as on what is saved.
     """
-    saved = joint.settled(saved)
+    saved = joint.settled(saved).union(joint.returned)
     behind = joint.holding(saved)
     backward = _backward(behind, saved)
     saved &= {u for i in backward for u in behind.inputs[i]}.union(joint.backward_outputs)

@@ -1,7 +1,9 @@
 """Joint graph in, forward and backward out: passes, planning and partition, for any lowering."""
 
+import gc
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,9 +39,10 @@ from memopt.joint import JointGraph, index_joint_graph
 from memopt.liveness import Liveness
 from memopt.outcome import Outcome, load_plan, read_plan
 from memopt.partition import partition
-from memopt.passes import CUT_ROWS, FORMS, JOINT, POST_GRAD
+from memopt.passes import CUT_MAPS, CUT_ROWS, FORMS, JOINT, POST_GRAD
 from memopt.passes.compress import Compress
-from memopt.passes.cut_rows import alive_at_peak
+from memopt.passes.cut_maps import CutMaps, write_in_place
+from memopt.passes.cut_rows import CutRows, alive_at_peak
 from memopt.passes.offload import Offload, OffloadToFiles
 from memopt.pipeline import PassContext, Pipeline, configure
 from memopt.planner import Search
@@ -53,8 +56,22 @@ _FIRST_MARGIN = 0.02
 
 # Pieces are smaller products, and are put together in the end: a gain below this is not worth it.
 _WORTH_A_CUT = 0.99
+_LEAST_TRIED = 8
 
 Halves = tuple[fx.GraphModule, fx.GraphModule]
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Without Python's collector of cycles: a third of planning is its looking at graphs."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @dataclass
@@ -78,6 +95,7 @@ class Splitter:
     outcomes: list[Outcome] = field(default_factory=list, init=False)
     forward: Outcome | None = field(default=None, init=False)
 
+    @collector_paused()
     def __call__(
         self,
         gm: fx.GraphModule,
@@ -115,6 +133,7 @@ class Splitter:
         """Whether the budget bounds graphs without a backward: a share is one of training's."""
         return self.config.memory_budget.kind in ("bytes", "min") and self.config.plan is None
 
+    @collector_paused()
     def cut_forward(self, graph: fx.Graph) -> None:
         """Cut what is widest in a graph without a backward, where it does not fit otherwise.
 
@@ -123,45 +142,67 @@ class Splitter:
         """
         gm: Any = graph.owning_module
         (output,) = graph.find_nodes(op="output")
-        draft = self._draft(_Joint(gm, [], len(output.all_input_nodes)))
-        self.forward = draft.outcome
-        for name, pieces in draft.outcome.cut.items():
-            CUT_ROWS(graph, name, pieces)
+        traced = _Joint(gm, [], len(output.all_input_nodes))
+        uncut = self._planned(traced.cut({}), self.ctx)
+        drafts = [self._with_cuts(traced, uncut)]
+        if self._may_cut(drafts[0]):
+            drafts.append(self._with_cuts(replace(traced, cutter=CUT_MAPS), uncut))
+        best = min(drafts, key=lambda d: (not d.outcome.fits, d.liveness.peak_bytes))
+        self._say_what_is_cut(best)
+        self.forward = best.outcome
+        for name, pieces in best.outcome.cut.items():
+            best.cutter(graph, name, pieces)
+        write_in_place(graph)
 
     def _draft(self, joint: "_Joint") -> "_Draft":
         """Plan; where nothing fits, and for the lowest peak, cut what is widest into pieces."""
         if self.config.plan is not None:
             return self._planned(joint.cut(read_plan(self.config.plan).cut), self.ctx)
+        best = self._with_cuts(joint, self._planned(joint.cut({}), self.ctx))
+        self._say_what_is_cut(best)
+        return best
+
+    def _may_cut(self, draft: "_Draft") -> bool:
+        """Whether pieces are asked for: where nothing fits, and for the lowest peak."""
+        kind = self.config.memory_budget.kind
+        return kind == "min" or (kind != "none" and not draft.outcome.fits)
+
+    def _with_cuts(self, joint: "_Joint", uncut: "_Draft") -> "_Draft":
+        """The plan of the fewest pieces that fit, or of those with the lowest peak.
+
+        Args:
+            joint: the graph, as it was traced.
+            uncut: its plan in one piece.
+        """
         start = time.perf_counter()
-        first = best = self._planned(joint.cut({}), self.ctx)
-        lowest = self.config.memory_budget.kind == "min"
-        cutter = configure(CUT_ROWS, self.config)
-        if self.config.memory_budget.kind == "none" or not self.config.enabled(cutter.name):
+        best = uncut
+        cutter = configure(joint.cutter, self.config)
+        if not self._may_cut(best) or not self.config.enabled(cutter.name):
             return best
-        name = None
+        name = cutter.first(joint.gm.graph, alive_at_peak(uncut.liveness))
         pieces = 2
-        while pieces <= cutter.most and (lowest or not best.outcome.fits):
-            name = name or cutter.first(joint.gm.graph, alive_at_peak(first.liveness))
-            if name is None:
-                break
+        while name and pieces <= cutter.most and self._may_cut(best):
             try:
                 unheard = PassContext(self.config)  # what it would say has been said
-                trial = self._planned(joint.cut({name: pieces}), unheard, first.outcome)
+                trial = self._planned(joint.cut({name: pieces}), unheard, uncut.outcome)
             except Exception as error:
                 if self.config.strict:
                     raise
                 text = f"left alone: it raised {type(error).__name__}: {error}"
                 self.ctx.remark(cutter.name, RemarkKind.MISSED, text)
                 break
-            if trial.liveness.peak_bytes > _WORTH_A_CUT * best.liveness.peak_bytes:
-                break
-            best = trial
             pieces *= 2
-        for name, pieces in best.outcome.cut.items():
-            text = f"what is as wide as {name} is computed in {pieces} pieces of its rows"
-            self.ctx.remark(cutter.name, RemarkKind.APPLIED, text)
-        seconds = time.perf_counter() - start
+            if trial.liveness.peak_bytes <= _WORTH_A_CUT * best.liveness.peak_bytes:
+                best = trial
+            elif best is not uncut or pieces > _LEAST_TRIED:
+                break
+        seconds = uncut.outcome.seconds + time.perf_counter() - start
         return replace(best, outcome=replace(best.outcome, seconds=seconds))
+
+    def _say_what_is_cut(self, draft: "_Draft") -> None:
+        for name, pieces in draft.outcome.cut.items():
+            text = f"what is as wide as {name} is computed in {pieces} pieces of its rows"
+            self.ctx.remark(draft.cutter.name, RemarkKind.APPLIED, text)
 
     def _planned(
         self, joint: "_Joint", ctx: PassContext, uncut: Outcome | None = None
@@ -179,7 +220,7 @@ class Splitter:
         offer(gm.graph, self._forms(), ctx, device_of(gm.graph.nodes, self.config))
         indexed = index_joint_graph(gm, info, num_fwd_outputs=joint.num_fwd_outputs)
         outcome = self._plan(indexed, stock, uncut)
-        return _Draft(gm, info, replace(outcome, cut=joint.pieces))
+        return _Draft(gm, info, replace(outcome, cut=joint.pieces), joint.cutter)
 
     def _stock(self, gm: fx.GraphModule, info: NodeInfo) -> set[str] | None:
         """What torch's own partition saves, to start from; eager's lowering has none."""
@@ -293,18 +334,20 @@ class _Joint:
         static: positions of inputs that never move.
         num_fwd_outputs: how many results are the forward's.
         pieces: how it was cut, as in `Plan`.
+        cutter: what cuts it.
     """
 
     gm: fx.GraphModule
     static: list[int]
     num_fwd_outputs: int
     pieces: Mapping[str, int] = field(default_factory=dict)
+    cutter: CutRows | CutMaps = CUT_ROWS
 
     def cut(self, pieces: Mapping[str, int]) -> "_Joint":
         """A copy, cut."""
         gm = fx.GraphModule(self.gm, copy_graph(self.gm.graph))
         for name, count in pieces.items():
-            CUT_ROWS(gm.graph, name, count)
+            self.cutter(gm.graph, name, count)
         gm.recompile()
         return replace(self, gm=gm, pieces=pieces)
 
@@ -316,6 +359,7 @@ class _Draft:
     gm: fx.GraphModule
     info: NodeInfo
     outcome: Outcome
+    cutter: CutRows | CutMaps
 
     @property
     def liveness(self) -> Liveness:

@@ -10,6 +10,7 @@ from memopt.forms import Form
 from memopt.passes.chunk_losses import ChunkLosses
 from memopt.passes.clone_mutated_inputs import CloneMutatedInputs
 from memopt.passes.compress import Compress
+from memopt.passes.cut_maps import CutMaps
 from memopt.passes.cut_rows import CutRows
 from memopt.passes.early_backward import EarlyBackward
 from memopt.passes.early_gradients import EarlyGradients
@@ -61,3 +62,4 @@ POST_GRAD: tuple[Pass, ...] = (
 )
 FORMS: tuple[Form, ...] = (PackMasks(), NarrowIntegers(), Compress(), Offload(), OffloadToFiles())
 CUT_ROWS = CutRows()
+CUT_MAPS = CutMaps()

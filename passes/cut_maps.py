@@ -1,0 +1,335 @@
+"""Compute convolutions of an inference graph by some rows of their maps at a time.
+
+A convolution, and what is between it and the next, needs for some rows of its result some rows of
+what it reads. Between two values that something needs whole, as the statistics of a norm do, all
+is computed by pieces of rows, and what is between exists by pieces only. A piece begins where the
+last one ended, at every operator: the few rows that overlap are kept, so nothing is computed
+twice. Results are written where they belong, over the rows of an input that dies, where one does.
+
+Runs under a budget that nothing else fits, and for the lowest peak, on graphs without a backward.
+Pays: bytes of maps, at a peak among them. Does not: in time, by smaller convolutions and copies.
+Exact: each number is computed as before.
+
+Sources: layers computed tile by tile are of fused-layer CNN accelerators: Alwani et al. (2016),
+doi:10.1109/MICRO.2016.7783725; by patches in software, of MCUNetV2: Lin et al. (2021),
+arXiv:2110.15352. That results take the rows of what they are computed from is memopt's.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import networkx
+from torch import fx
+
+from memopt.graph import aten, is_view
+from memopt.kernels.map_rows import PUT, PUT_IN_PLACE, TAKE
+from memopt.passes.joint_nodes import call
+from memopt.passes.map_levels import assign_levels, waist
+from memopt.passes.map_room import Room
+from memopt.passes.map_rules import Read, Rows, Rule, bytes_of, narrowed, rows_in, rule_of
+
+_WIDE = 0.25  # of the widest value: what is narrower is not cut for its own sake
+_DIMENSIONS = (0, 2, 3, 4)  # images of a batch first, then rows, then columns
+
+
+@dataclass(frozen=True)
+class CutMaps:
+    """``y = conv(f(x))`` -> ``y[r] = conv(f(x[r']))`` for pieces ``r`` of the rows.
+
+    Attributes:
+        most: pieces of a map, a power of two.
+    """
+
+    name: ClassVar[str] = "cut_maps"
+    most: int = 32
+
+    def first(self, graph: fx.Graph, names: Sequence[str]) -> str | None:
+        """The first of some values that can be cut in two, if one can."""
+        members = {node.name for node in _rules(graph, 2)}
+        return next((name for name in names if name in members), None)
+
+    def __call__(self, graph: fx.Graph, name: str, pieces: int) -> int:
+        """Cut every region with a value that is about as wide as one.
+
+        Args:
+            graph: without a backward; changed in place.
+            name: of the value.
+            pieces: how many, of the regions that are the widest.
+
+        Returns:
+            How many regions were cut.
+        """
+        rules = _rules(graph, pieces)
+        seed = next((node for node in rules if node.name == name), None)
+        if seed is None:
+            return 0
+        whole: set[fx.Node] = set()
+        while True:
+            level = assign_levels(graph, rules, whole)
+            regions = _regions(rules, level)
+            waists = [waist(region.rules) for region in regions]
+            if not any(waists):
+                break
+            whole.update(node for node in waists if node is not None)
+        _reorder(graph, regions, level)
+        regions = [region for region in regions if region.nbytes >= _WIDE * bytes_of(seed)]
+        cut = {node for region in regions for node in region.rules}
+        room = Room(level, whole)
+        for region in regions:
+            share = region.nbytes / max(other.nbytes for other in regions)
+            count = min(pieces, max(4, int(pieces * share**2)))  # less is alive beside them
+            _Cut(graph, region, 1 << (count.bit_length() - 1), room).run()
+        for node, map_ in room.moved.items():
+            node.replace_all_uses_with(map_, lambda user: user not in cut)
+        for node in reversed([node for region in regions for node in region.rules]):
+            graph.erase_node(node)
+        graph.lint()
+        return len(regions)
+
+
+def write_in_place(graph: fx.Graph) -> None:
+    """Where rows are put into a map, put them into that very map: nothing reads it as it was."""
+    for node in graph.find_nodes(op="call_function", target=PUT):
+        with graph.inserting_before(node):
+            put = graph.call_function(PUT_IN_PLACE, node.args)
+        put.meta.update(node.meta, val=None)
+        before = node.args[0]
+        assert isinstance(before, fx.Node)
+        node.replace_all_uses_with(before)
+        graph.erase_node(node)
+
+
+def _rules(graph: fx.Graph, pieces: int) -> dict[fx.Node, Rule]:
+    """What can be computed by rows, along the first dimension that has some for each piece."""
+    for along in _DIMENSIONS:
+        rules: dict[fx.Node, Rule] = {}
+        dims: dict[fx.Node, int] = {}
+        for node in graph.nodes:
+            rule = rule_of(node, dims, along)
+            least = pieces if along == 0 else 2 * pieces
+            if rule is not None and rows_in(node, rule.dim) >= least:
+                rules[node], dims[node] = rule, rule.dim
+        if rules:
+            return rules
+    return {}
+
+
+@dataclass(frozen=True)
+class _Region:
+    """Nodes that are computed by rows together.
+
+    Attributes:
+        rules: how, in the order of the graph.
+    """
+
+    rules: Mapping[fx.Node, Rule]
+
+    @cached_property
+    def inputs(self) -> dict[fx.Node, int]:
+        """What it reads by rows from outside, and the dimension of the rows."""
+        reads = [read for rule in self.rules.values() for read in rule.reads]
+        return {r.source: r.dim for r in reads if r.source not in self.rules}
+
+    @cached_property
+    def returned(self) -> list[fx.Node]:
+        """What something outside reads."""
+        return [n for n in self.rules if any(user not in self.rules for user in n.users)]
+
+    @cached_property
+    def outputs(self) -> list[fx.Node]:
+        """What has to exist for that: of a view what it is a view of."""
+        bases = map(self.base, self.returned)
+        return [node for node in dict.fromkeys(bases) if node in self.rules]
+
+    def base(self, node: fx.Node) -> fx.Node:
+        """What a node is a view of."""
+        while node in self.rules and is_view(node):
+            node = self.rules[node].reads[0].source
+        return node
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Of its widest value."""
+        return max(map(bytes_of, [*self.rules, *self.inputs]))
+
+
+def _regions(rules: Mapping[fx.Node, Rule], level: Mapping[fx.Node, int]) -> list[_Region]:
+    """Nodes of a level that read the same values by rows, in the order of levels."""
+    bonds: networkx.Graph = networkx.Graph()
+    for node, rule in rules.items():
+        bonds.add_node((node, level[node]))
+        bonds.add_edges_from(
+            ((node, level[node]), (read.source, level[node])) for read in rule.reads
+        )
+    regions = []
+    for bond in networkx.connected_components(bonds):
+        own = {node: rule for node, rule in rules.items() if (node, level[node]) in bond}
+        regions.append(_Region(own))
+    return sorted(regions, key=lambda region: level[next(iter(region.rules))])
+
+
+def _reorder(graph: fx.Graph, regions: Sequence[_Region], level: Mapping[fx.Node, int]) -> None:
+    """Put what is computed by rows of a level together, before what is not."""
+    place = {node: i for i, region in enumerate(regions) for node in region.rules}
+    (output,) = graph.find_nodes(op="output")
+    inner = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    early: dict[fx.Node, int] = {}
+    for node in reversed(inner):  # what depends on no map comes as late as it can
+        if level[node] < 0:
+            early[node] = min((early.get(u, level.get(u, 0)) for u in node.users), default=0)
+
+    def key(node: fx.Node) -> tuple[int, int, int]:
+        if node in early:
+            return early[node], 0, 0
+        return (level[node], 1, place[node]) if node in place else (level[node], 2, 0)
+
+    for node in sorted(inner, key=key):
+        output.prepend(node)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Rows of a value in a piece.
+
+    Attributes:
+        needed: the first that is read.
+        start: the first that is computed; those before it were kept of the last piece.
+        end: the one after the last.
+    """
+
+    needed: int
+    start: int
+    end: int
+
+
+class _Cut:
+    """One region, computed piece by piece.
+
+    Args:
+        graph: the graph.
+        region: what is cut.
+        pieces: how many.
+        room: where results go.
+    """
+
+    def __init__(self, graph: fx.Graph, region: _Region, pieces: int, room: Room) -> None:
+        self.graph, self.region, self.room = graph, region, room
+        self.dims = {**region.inputs, **{n: rule.dim for n, rule in region.rules.items()}}
+        self.readers: dict[fx.Node, list[tuple[fx.Node, Read]]] = {n: [] for n in self.dims}
+        for node, rule in region.rules.items():
+            for read in rule.reads:
+                self.readers[read.source].append((node, read))
+        self.ends = self._ends(pieces)
+
+    def run(self) -> None:
+        """Cut it."""
+        with self.graph.inserting_before(next(iter(self.region.rules))):
+            for node in self.region.outputs:
+                self.room.find(node, self.dims, self.region.rules, self.ends)
+            spans = self._spans()
+            kept: dict[fx.Node, Rows] = {}
+            written = dict.fromkeys(self.dims, 0)
+            for number, ends in enumerate(self.ends):
+                made = self._piece(spans[number], kept, written)
+                written = ends
+                later = spans[number + 1] if number + 1 < len(spans) else {}
+                kept = {n: self._part(n, made[n], span) for n, span in later.items() if n in made}
+            for node in self.region.returned:
+                self.room.moved[node] = self.room.view(node)
+
+    def _ends(self, pieces: int) -> list[dict[fx.Node, int]]:
+        """For each piece the row before which it ends, of every value."""
+        found: list[dict[fx.Node, int]] = []
+        for number in range(1, pieces + 1):
+            ends: dict[fx.Node, int] = {}
+            for node in reversed(self.dims):
+                rows = rows_in(node, self.dims[node])
+                needed = [r.window(0, ends[u])[1] for u, r in self.readers[node] if ends[u]]
+                if node in self.region.outputs:
+                    needed.append(-(-rows * number // pieces))
+                ends[node] = min(rows, max(needed, default=0))
+            found.append(ends)
+        return found
+
+    def _spans(self) -> list[dict[fx.Node, _Span]]:
+        """For each piece what it has of every value of which it needs any rows."""
+        found: list[dict[fx.Node, _Span]] = []
+        before = dict.fromkeys(self.dims, 0)
+        for ends in self.ends:
+            spans: dict[fx.Node, _Span] = {}
+            for node in reversed(self.dims):
+                firsts = [
+                    max(0, read.window(spans[user].start, spans[user].end)[0])
+                    for user, read in self.readers[node]
+                    if user in spans and spans[user].start < spans[user].end
+                ]
+                if node in self.region.outputs:
+                    firsts.append(before[node])
+                needed = min(firsts, default=ends[node])
+                start = before[node] if self._is_kept(node) else needed
+                if min(needed, start) < ends[node]:
+                    spans[node] = _Span(min(needed, ends[node]), start, ends[node])
+            found.append({node: spans[node] for node in self.dims if node in spans})
+            before = ends
+        return found
+
+    def _is_kept(self, node: fx.Node) -> bool:
+        """Whether rows that the next piece needs again are kept."""
+        if node in self.region.rules:
+            return self.region.rules[node].is_costly
+        return any(self.room.overlap(node, result) for result in self.region.outputs)
+
+    def _piece(
+        self,
+        spans: Mapping[fx.Node, _Span],
+        kept: Mapping[fx.Node, Rows],
+        written: Mapping[fx.Node, int],
+    ) -> dict[fx.Node, Rows]:
+        """Compute some rows of every value, and put those of results in their places.
+
+        Args:
+            spans: which.
+            kept: those of the last piece that are needed again.
+            written: the row before which the last piece ended, of every value.
+        """
+        made: dict[fx.Node, Rows] = {}
+        for node, span in spans.items():
+            parts = [kept[node]] if span.needed < span.start else []
+            if span.start < span.end:
+                rows = self._computed(node, span.start, span.end, made)
+                parts.append(rows)
+                if node in self.region.outputs:
+                    first, dim = written[node], self.dims[node]
+                    fresh = narrowed(self.graph, rows, dim, first, span.end)
+                    self.room.put(node, Rows(fresh, first, span.end))
+            made[node] = parts[0]
+            if len(parts) > 1:
+                both = [part.node for part in parts]
+                whole = call(self.graph, aten.cat.default, both, self.dims[node], like=node)
+                made[node] = Rows(whole, parts[0].start, span.end)
+        return made
+
+    def _computed(self, node: fx.Node, start: int, end: int, made: Mapping[fx.Node, Rows]) -> Rows:
+        rule = self.region.rules.get(node)
+        if rule is None:
+            source, where = self.room.current(node), (self.dims[node], start, end)
+            return Rows(call(self.graph, TAKE, source, *where, like=node), start, end)
+        wholes = [n for n in node.all_input_nodes if n not in self.dims]
+        given = {n: Rows(self.room.current(n), 0, 0) for n in wholes}
+        for read in rule.reads:
+            first, last = read.window(start, end)
+            first, last = max(0, first), min(last, rows_in(read.source, read.dim))
+            part = narrowed(self.graph, made[read.source], read.dim, first, last)
+            given[read.source] = Rows(part, first, last)
+        return Rows(rule.make(self.graph, Rows(node, start, end), given), start, end)
+
+    def _part(self, node: fx.Node, rows: Rows, following: _Span) -> Rows:
+        """The rows that the next piece needs again: a copy, so that the others can go."""
+        first = max(following.needed, rows.start)
+        if first >= min(rows.end, following.start) or first == rows.start:
+            return rows
+        part = first - rows.start, rows.end - rows.start
+        copied = call(self.graph, TAKE, rows.node, self.dims[node], *part, like=node)
+        return Rows(copied, first, rows.end)

@@ -1,0 +1,164 @@
+"""Where results go that are computed by rows: into maps of their own, or into what others leave.
+
+A map has channels, of which values take some. Those of a value that nothing reads any more are
+free; those of one that dies while a result is computed take the result row by row.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from memopt._torch import pytree
+from memopt.graph import IN_PLACE, aten, is_view
+from memopt.kernels.map_rows import PUT
+from memopt.passes.joint_nodes import call
+from memopt.passes.map_rules import Rows
+
+_CHANNELS = 1  # the dimension
+
+
+@dataclass
+class Room:
+    """The maps of a graph that is being cut, in the order in which it runs.
+
+    Attributes:
+        level: of every node, when it is computed.
+        alone: values that get maps of their own.
+        moved: what stands for the values that are computed by rows.
+        maps: each map as it is by now, by the value that it was made for.
+        places: of each value in a map the map, its first channel and the dimension of its rows.
+    """
+
+    level: Mapping[fx.Node, int]
+    alone: Collection[fx.Node]
+    moved: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    maps: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    places: dict[fx.Node, tuple[fx.Node, int, int]] = field(default_factory=dict)
+
+    def current(self, node: fx.Node) -> fx.Node:
+        """A value as it is by now."""
+        if node not in self.places:
+            return self.moved.get(node, node)
+        owner, channel, _ = self.places[node]
+        whole, width = self.maps[owner], node.meta["val"].shape[_CHANNELS]
+        if whole.meta["val"].shape[_CHANNELS] == width:
+            return whole
+        channels = _CHANNELS, channel, channel + width
+        return call(whole.graph, aten.slice.Tensor, whole, *channels, like=node)
+
+    def put(self, node: fx.Node, rows: Rows) -> None:
+        """Some rows of a value go to its place."""
+        owner, channel, dim = self.places[node]
+        where = dim, rows.start, channel
+        put = call(rows.node.graph, PUT, self.maps[owner], rows.node, *where, like=node)
+        put.meta[IN_PLACE] = True
+        self.maps[owner] = put
+
+    def view(self, node: fx.Node) -> fx.Node:
+        """All of a value that is a view of one in a map."""
+        if node in self.places or node in self.moved or not is_view(node):
+            return self.current(node)
+        seen = {source: self.view(source) for source in node.all_input_nodes}
+        args, kwargs = pytree.tree_map_only(fx.Node, seen.__getitem__, (node.args, node.kwargs))
+        return call(node.graph, node.target, *args, like=node, **kwargs)
+
+    def find(
+        self,
+        node: fx.Node,
+        dims: Mapping[fx.Node, int],
+        members: Collection[fx.Node],
+        ends: Iterable[Mapping[fx.Node, int]],
+    ) -> None:
+        """Find a place for a result.
+
+        Args:
+            node: the result.
+            dims: the dimension of the rows of every value of its region.
+            members: what the region computes.
+            ends: for each piece the row before which it ends, of every value of the region.
+        """
+        at = self.level[node]
+        for source in dims:
+            if source not in members and source not in self.places and _is_own(source):
+                self.maps[source] = source
+                self.places[source] = source, 0, dims[source]
+
+        def is_in_the_way(other: fx.Node) -> bool:
+            if other in members or not self._is_done(other, at, members):
+                return True
+            return other in dims and any(e[node] > e[other] for e in ends)
+
+        width = node.meta["val"].shape[_CHANNELS]
+        owners = dict.fromkeys(owner for owner, *_ in self.places.values())
+        for owner in () if node in self.alone else owners:
+            values = [n for n, (own, *_) in self.places.items() if own is owner]
+            taken = [n for n in values if is_in_the_way(n)]
+            dying = [n for n in values if n in dims and n not in taken]
+            if not (taken or dying) or not self._fits(node, owner, dims[node]):
+                continue
+            spans = [self._channels(n) for n in taken]
+            for channel in (0, *(end for _, end in spans)):
+                last = channel + width
+                clear = all(last <= first or end <= channel for first, end in spans)
+                if clear and last <= self.maps[owner].meta["val"].shape[_CHANNELS]:
+                    self.places[node] = owner, channel, dims[node]
+                    return
+        self.maps[node] = _empty(node)
+        self.places[node] = node, 0, dims[node]
+
+    def overlap(self, one: fx.Node, other: fx.Node) -> bool:
+        """Whether two values have channels of the same map."""
+        if one not in self.places or other not in self.places:
+            return False
+        (first, end), (start, last) = self._channels(one), self._channels(other)
+        return self.places[one][0] is self.places[other][0] and first < last and start < end
+
+    def _channels(self, node: fx.Node) -> tuple[int, int]:
+        first = self.places[node][1]
+        return first, first + node.meta["val"].shape[_CHANNELS]
+
+    def _fits(self, node: fx.Node, owner: fx.Node, dim: int) -> bool:
+        """Whether a result has the rows of a map, and, where it is returned, all of it."""
+        own, whole = node.meta["val"], self.maps[owner].meta["val"]
+        if own.dim() != whole.dim() or own.dim() < 3 or own.dtype != whole.dtype:
+            return False
+        if dim != self.places[owner][2] or dim == _CHANNELS or own.device != whole.device:
+            return False
+        shape = [*whole.shape]
+        shape[_CHANNELS] = own.shape[_CHANNELS]
+        alike = own.shape == whole.shape and own.stride() == whole.stride()
+        return shape == [*own.shape] and (alike or not _is_returned(node))
+
+    def _is_done(self, node: fx.Node, at: int, members: Collection[fx.Node]) -> bool:
+        """Whether nothing reads a value, or a view of it, after a region of some level."""
+        for user in node.users:
+            if user not in members and (user.op == "output" or self.level[user] >= at):
+                return False
+            if is_view(user) and not self._is_done(user, at, members):
+                return False
+        return True
+
+
+def _is_own(node: fx.Node) -> bool:
+    """Whether a value that is not computed by rows has memory of its own."""
+    return node.target is aten.convolution.default
+
+
+def _is_returned(node: fx.Node) -> bool:
+    return any(u.op == "output" or (is_view(u) and _is_returned(u)) for u in node.users)
+
+
+def _empty(node: fx.Node) -> fx.Node:
+    """A map for a value, in the layout that convolutions on the CPU prefer."""
+    value = node.meta["val"]
+    empty = torch.empty_like(value)
+    if value.device.type == "cpu" and value.dim() in (4, 5) and not _is_returned(node):
+        last = torch.channels_last if value.dim() == 4 else torch.channels_last_3d
+        empty = torch.empty_like(value, memory_format=last)
+    shape = [*value.shape], [*empty.stride()]
+    kwargs = {"dtype": value.dtype, "device": value.device}
+    made = node.graph.call_function(aten.empty_strided.default, shape, kwargs)
+    made.meta.update(node.meta, val=empty)
+    return made

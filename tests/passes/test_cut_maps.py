@@ -1,0 +1,321 @@
+"""Maps computed some rows at a time: the same numbers, of exact sums, and fewer bytes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from bench.meter import Meter
+from memopt._torch import select_decomp_table
+from memopt.graph import aten
+from memopt.kernels.map_rows import PUT, PUT_IN_PLACE, TAKE
+from memopt.passes import CUT_MAPS
+from memopt.passes.cut_maps import write_in_place
+
+
+def traced(module: nn.Module, x: Tensor) -> tuple[fx.GraphModule, Callable[[Tensor], Tensor]]:
+    """The graph of a module as Inductor would have it, and what runs it."""
+    values = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+    def function(given: list[Tensor], x: Tensor) -> Any:
+        named = dict(zip(values, given, strict=True))
+        return torch.func.functional_call(module, named, (x,))
+
+    own = [value.detach() for value in values.values()]
+    trace = make_fx(function, tracing_mode="fake", decomposition_table=select_decomp_table())
+    with torch.no_grad():
+        gm = trace(own, x)
+
+    def run(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return fx.Interpreter(gm).run(own, x)
+
+    return gm, run
+
+
+def seeds(gm: fx.GraphModule) -> list[str]:
+    """Convolutions, the widest first."""
+    found = gm.graph.find_nodes(op="call_function", target=aten.convolution.default)
+    return [n.name for n in sorted(found, key=lambda n: -n.meta["val"].numel())]
+
+
+def cut(gm: fx.GraphModule, pieces: int) -> int:
+    """Cut what is as wide as the widest convolution."""
+    cuts = CUT_MAPS(gm.graph, seeds(gm)[0], pieces)
+    write_in_place(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    return cuts
+
+
+def whole_numbers(module: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
+    """With weights and inputs of which every sum is exact, in whatever order."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randint(-2, 3, parameter.shape))
+    return module.eval(), torch.randint(-2, 3, x.shape).to(x.dtype)
+
+
+class Residual(nn.Module):
+    """`x + f(x)`, where f is two convolutions and what is between them needs no whole map."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(3, width, 3, padding=1)
+        self.one = nn.Conv2d(width, width, 3, padding=1)
+        self.two = nn.Conv2d(width, width, 5, padding=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.enter(x)
+        return h + self.two(F.relu(self.one(F.relu(h)))) * 2
+
+
+class Centred(nn.Module):
+    """What a norm does: each group of channels less what is known of all of its rows."""
+
+    def __init__(self, viewed: bool) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = nn.Conv2d(8, 8, 3, padding=1)
+        self.short = nn.Conv2d(8, 4, 1)
+        self.leave = nn.Conv2d(8, 4, 3, padding=1)
+        self.viewed = viewed
+
+    def centre(self, x: Tensor) -> Tensor:
+        if not self.viewed:
+            return x - x.amax((2, 3), keepdim=True)
+        groups = x.reshape(len(x), 2, x.shape[1] // 2, -1)
+        return (groups - groups.amax((2, 3), keepdim=True)).reshape(x.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.enter(x)
+        y = self.leave(F.relu(self.centre(self.body(F.relu(self.centre(h))))))
+        return self.centre(y + self.short(h))
+
+
+class Skips(nn.Module):
+    """A U-Net: smaller maps, and larger ones again beside those that were kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(3, 4, 3, padding=1)
+        self.two = nn.Conv2d(4, 8, 3, padding=1)
+        self.lift = nn.ConvTranspose2d(8, 4, 2, 2)
+        self.leave = nn.Conv2d(8, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        high = F.relu(self.one(x))
+        low = F.relu(self.two(F.max_pool2d(high, 3, 2, padding=1)))
+        return self.leave(torch.cat([self.lift(low), high], 1))
+
+
+def stack(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(*layers)
+
+
+IMAGE = torch.empty(1, 3, 32, 12)
+FORMS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "residual": (Residual, IMAGE),
+    "norms": (lambda: Centred(False), IMAGE),
+    "norms of groups": (lambda: Centred(True), IMAGE),
+    "U-Net": (Skips, IMAGE),
+    "batch": (Residual, torch.empty(16, 3, 6, 6)),
+    "batch and rows": (Residual, torch.empty(2, 3, 32, 6)),
+    "columns": (Residual, torch.empty(1, 3, 6, 32)),
+    "strides": (
+        lambda: stack(nn.Conv2d(3, 4, 3, 2, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 4, 1, 2)),
+        torch.empty(1, 3, 65, 9),
+    ),
+    "dilation and groups": (
+        lambda: stack(
+            nn.Conv2d(3, 6, 3, padding=2, dilation=2),
+            nn.Conv2d(6, 6, (5, 1), padding=(4, 0), groups=6, dilation=(2, 1), bias=False),
+        ),
+        IMAGE,
+    ),
+    "no padding": (lambda: stack(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), IMAGE),
+    "more padding": (lambda: stack(nn.Conv2d(3, 4, 3, padding=4), nn.ReLU6()), IMAGE),
+    "transposed": (
+        lambda: stack(
+            nn.ConvTranspose2d(3, 4, 4, 2, padding=1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(4, 4, 3, 1, 1),
+        ),
+        IMAGE,
+    ),
+    "nearest": (
+        lambda: stack(
+            nn.Conv2d(3, 4, 3, padding=1), nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 3, 1, 1)
+        ),
+        IMAGE,
+    ),
+    "bilinear": (
+        lambda: stack(
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.Upsample(scale_factor=2, mode="bilinear"),
+            nn.Conv2d(4, 4, 3, 1, 1),
+        ),
+        IMAGE,
+    ),
+    "reflected edges": (
+        lambda: stack(nn.Conv2d(3, 4, 1), nn.ReflectionPad2d(2), nn.Conv2d(4, 4, 5)),
+        IMAGE,
+    ),
+    "pixel shuffle": (
+        lambda: stack(
+            nn.Conv2d(3, 16, 3, padding=1), nn.PixelShuffle(2), nn.Conv2d(4, 3, 3, 1, 1)
+        ),
+        IMAGE,
+    ),
+    "sound": (
+        lambda: stack(nn.Conv1d(2, 4, 7, padding=3), nn.GELU(), nn.Conv1d(4, 2, 9, padding=4)),
+        torch.empty(1, 2, 200),
+    ),
+    "volume": (
+        lambda: stack(nn.Conv3d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv3d(4, 2, 3, padding=1)),
+        torch.empty(1, 2, 32, 6, 6),
+    ),
+}
+
+
+@pytest.mark.parametrize("pieces", [2, 4, 8])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_numbers_are_the_same(form: str, pieces: int) -> None:
+    build, like = FORMS[form]
+    module, x = whole_numbers(build(), like)
+    gm, run = traced(module, x)
+    expected = run(x)
+    assert cut(gm, pieces)
+    names = {node.target for node in gm.graph.nodes}
+    assert PUT_IN_PLACE in names
+    assert PUT not in names
+    actual = run(x)
+    if form == "sound":  # GELU is not of whole numbers
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(actual, expected)
+    assert actual.stride() == expected.stride()
+
+
+def peak(run: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    run(x)
+    with Meter() as meter:
+        result = run(x)
+    del result
+    return int(meter.peak_bytes)
+
+
+@pytest.mark.parametrize("form", ["residual", "norms", "norms of groups", "U-Net"])
+def test_less_is_alive(form: str) -> None:
+    build, _ = FORMS[form]
+    module, x = whole_numbers(build(), torch.empty(1, 3, 512, 64))
+    gm, run = traced(module, x)
+    before = peak(run, x)
+    cut(gm, 16)
+    assert peak(run, x) <= 0.7 * before
+
+
+def test_nothing_is_computed_twice_by_a_convolution() -> None:
+    module, x = whole_numbers(Residual(), IMAGE)
+    gm, _ = traced(module, x)
+    convolution = aten.convolution.default
+    before = sum(n.meta["val"].numel() for n in gm.graph.nodes if n.target is convolution)
+    cut(gm, 4)
+    after = sum(n.meta["val"].numel() for n in gm.graph.nodes if n.target is convolution)
+    assert after == before
+
+
+def test_a_result_takes_the_rows_of_what_dies() -> None:
+    module, x = whole_numbers(Centred(False), IMAGE)
+    gm, _ = traced(module, x)
+    cut(gm, 4)
+    made = gm.graph.find_nodes(op="call_function", target=aten.empty_strided.default)
+    # what enters; what leaves and its shortcut share the channels of what is inside
+    assert len(made) == 3
+
+
+def test_an_input_of_the_graph_is_not_written_to() -> None:
+    module, x = whole_numbers(stack(nn.Conv2d(3, 3, 3, padding=1)), IMAGE)
+    gm, run = traced(module, x)
+    before = x.clone()
+    cut(gm, 4)
+    run(x)
+    assert torch.equal(x, before)
+
+
+class Twice(nn.Module):
+    """Returns a map and what is computed of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(3, 4, 3, padding=1)
+        self.two = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h = self.one(x)
+        y = self.two(F.relu(h - h.amax((2, 3), keepdim=True)))
+        return h, y, y.reshape(4, -1)
+
+
+def test_what_is_returned_is_not_overwritten() -> None:
+    module, x = whole_numbers(Twice(), IMAGE)
+    gm, run = traced(module, x)
+    expected = run(x)
+    cut(gm, 4)
+    for one, other in zip(run(x), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x: torch.cumsum(x, 2),
+        lambda x: x.flip(2),
+        lambda x: torch.softmax(x, 2),
+        lambda x: torch.cat([x, x], 2),
+        lambda x: x.transpose(2, 3).reshape(1, 4, 32, 12),
+        lambda x: F.pad(x, (0, 0, 1, 1)),
+        lambda x: F.avg_pool2d(x, 3, 1, 1),
+        lambda x: F.conv_transpose2d(x, torch.ones(4, 4, 2, 2), stride=3, padding=1),
+        lambda x: F.conv_transpose2d(x, torch.ones(4, 4, 2, 2), stride=2, output_padding=1),
+    ],
+    ids="cumsum flip softmax cat reshape pad pool gaps beyond".split(),
+)
+def test_what_needs_whole_maps_has_them(form: Callable[[Tensor], Tensor]) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Conv2d(3, 4, 3, padding=1)
+            self.two = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(form(self.one(x)))
+
+    module, x = whole_numbers(Model(), IMAGE)
+    gm, run = traced(module, x)
+    expected = run(x)
+    cut(gm, 4)
+    torch.testing.assert_close(run(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_graph_of_other_operators_is_left_alone() -> None:
+    module, x = whole_numbers(nn.Linear(8, 8), torch.empty(64, 8))
+    gm, _ = traced(module, x)
+    before = str(gm.graph)
+    assert CUT_MAPS.first(gm.graph, [n.name for n in gm.graph.nodes]) is None
+    assert not CUT_MAPS(gm.graph, "addmm", 4)
+    assert str(gm.graph) == before
+
+
+def test_rows_are_copied_in_the_layout_of_their_map() -> None:
+    x = torch.randn(2, 3, 8, 5).to(memory_format=torch.channels_last)
+    rows = TAKE(x, 2, 2, 5)
+    assert torch.equal(rows, x[:, :, 2:5])
+    assert rows.is_contiguous(memory_format=torch.channels_last)
+    PUT_IN_PLACE(x, rows[:, :2] + 1, 2, 4, 1)
+    assert torch.equal(x[:, 1:, 4:7], rows[:, :2] + 1)
