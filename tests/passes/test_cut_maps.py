@@ -17,7 +17,7 @@ from memopt.passes import CUT_MAPS
 from memopt.passes.cut_maps import write_in_place
 
 
-def traced(module: nn.Module, x: Tensor) -> tuple[fx.GraphModule, Callable[[Tensor], Tensor]]:
+def traced(module: nn.Module, x: Tensor) -> tuple[fx.GraphModule, Callable[[Tensor], Any]]:
     """The graph of a module as Inductor would have it, and what runs it."""
     values = {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
@@ -30,7 +30,7 @@ def traced(module: nn.Module, x: Tensor) -> tuple[fx.GraphModule, Callable[[Tens
     with torch.no_grad():
         gm = trace(own, x)
 
-    def run(x: Tensor) -> Tensor:
+    def run(x: Tensor) -> Any:
         with torch.no_grad():
             return fx.Interpreter(gm).run(own, x)
 
@@ -70,7 +70,7 @@ class Residual(nn.Module):
         self.one = nn.Conv2d(width, width, 3, padding=1)
         self.two = nn.Conv2d(width, width, 5, padding=2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         h = self.enter(x)
         return h + self.two(F.relu(self.one(F.relu(h)))) * 2
 
@@ -86,13 +86,13 @@ class Centred(nn.Module):
         self.leave = nn.Conv2d(8, 4, 3, padding=1)
         self.viewed = viewed
 
-    def centre(self, x: Tensor) -> Tensor:
+    def centre(self, x: Tensor) -> Any:
         if not self.viewed:
             return x - x.amax((2, 3), keepdim=True)
         groups = x.reshape(len(x), 2, x.shape[1] // 2, -1)
         return (groups - groups.amax((2, 3), keepdim=True)).reshape(x.shape)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         h = self.enter(x)
         y = self.leave(F.relu(self.centre(self.body(F.relu(self.centre(h))))))
         return self.centre(y + self.short(h))
@@ -108,7 +108,7 @@ class Skips(nn.Module):
         self.lift = nn.ConvTranspose2d(8, 4, 2, 2)
         self.leave = nn.Conv2d(8, 2, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         high = F.relu(self.one(x))
         low = F.relu(self.two(F.max_pool2d(high, 3, 2, padding=1)))
         return self.leave(torch.cat([self.lift(low), high], 1))
@@ -202,7 +202,7 @@ def test_the_numbers_are_the_same(form: str, pieces: int) -> None:
     assert actual.stride() == expected.stride()
 
 
-def peak(run: Callable[[Tensor], Tensor], x: Tensor) -> int:
+def peak(run: Callable[[Tensor], Any], x: Tensor) -> int:
     run(x)
     with Meter() as meter:
         result = run(x)
@@ -256,7 +256,7 @@ class Twice(nn.Module):
         self.one = nn.Conv2d(3, 4, 3, padding=1)
         self.two = nn.Conv2d(4, 4, 3, padding=1)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Any:
         h = self.one(x)
         y = self.two(F.relu(h - h.amax((2, 3), keepdim=True)))
         return h, y, y.reshape(4, -1)
@@ -286,14 +286,14 @@ def test_what_is_returned_is_not_overwritten() -> None:
     ],
     ids="cumsum flip softmax cat reshape pad pool gaps beyond".split(),
 )
-def test_what_needs_whole_maps_has_them(form: Callable[[Tensor], Tensor]) -> None:
+def test_what_needs_whole_maps_has_them(form: Callable[[Tensor], Any]) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.one = nn.Conv2d(3, 4, 3, padding=1)
             self.two = nn.Conv2d(4, 4, 3, padding=1)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             return self.two(form(self.one(x)))
 
     module, x = whole_numbers(Model(), IMAGE)
