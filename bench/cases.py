@@ -23,6 +23,7 @@ class Case:
             nothing but the loss.
         peers: names of the peers that take part.
         dtype: name of the floating-point type.
+        trains: False measures the forward alone, without gradients.
     """
 
     name: str
@@ -31,12 +32,15 @@ class Case:
     outputs: Outputs = "held"
     peers: tuple[str, ...] = CORE
     dtype: str = "float32"
+    trains: bool = True
 
     @property
     def has_dropout(self) -> bool:
         """Whether compiled and eager runs draw different random numbers."""
         return "dropout" in MODELS[self.model].tags
 
+
+_INFERENCE = ("eager", "inductor", "memopt", "memopt min")
 
 _HEADLINE = (
     Case(name="lm8", model="lm8", peers=ALL),
@@ -49,6 +53,7 @@ _HEADLINE = (
     Case(name="llama_head_bf16", model="llama_head", peers=HEADS, dtype="bfloat16"),
     Case(name="llama_head_small", model="llama_head", size="small", peers=HEADS),
     Case(name="clip_head", model="clip_head", peers=QUICK),
+    Case(name="vae_decoder_forward", model="vae_decoder", peers=_INFERENCE, trains=False),
     Case(name="resnet50_frozen_norm", model="resnet50_frozen_norm", peers=NORMS),
 )
 _TABLE = (
@@ -56,7 +61,8 @@ _TABLE = (
     *(
         Case(name=model.name, model=model.name)
         for model in MODELS.values()
-        if "bench" in model.sizes and model.name not in {case.model for case in _HEADLINE}
+        if "bench" in model.sizes
+        and model.name not in {case.model for case in _HEADLINE if case.trains}
     ),
     Case(name="mixtral_grouped_long", model="mixtral_grouped", size="long"),
     *(

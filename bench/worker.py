@@ -23,7 +23,7 @@ from bench.libraries import LIBRARIES, Library
 from bench.meter import Meter
 from bench.offloading import Offloaded, offload_in_inductor
 from bench.peers import Peer
-from bench.zoo import MODELS, FusedHead, LossOnly, checkpoint_blocks, step
+from bench.zoo import MODELS, FusedHead, LossOnly, checkpoint_blocks, loss_of, step
 
 Gradients = dict[str, Tensor]
 
@@ -135,6 +135,9 @@ class Session:
 
     def _step(self) -> Tensor:
         torch.manual_seed(self.job.seed)
+        if not self.job.case.trains:
+            with torch.no_grad():
+                return loss_of(self.model(**self.inputs))
         return step(self.model, self.inputs, hold_outputs=self.job.case.outputs != "dropped")
 
     def _timed_step(self) -> tuple[float, float]:
@@ -181,9 +184,17 @@ class Session:
         )
 
     def _compare_gradients(self) -> float | None:
-        """The error against the reference's gradients, or None before there are any."""
-        parameters = self.module.named_parameters()
-        actual = {name: p.grad for name, p in parameters if p.grad is not None}
+        """The error against the reference's gradients, or None before there are any.
+
+        Where nothing is trained: of what the model returns.
+        """
+        if self.job.case.trains:
+            parameters = self.module.named_parameters()
+            actual = {name: p.grad for name, p in parameters if p.grad is not None}
+        else:
+            with torch.no_grad():
+                values = self.model(**self.inputs)
+            actual = {str(i): value for i, value in enumerate(values)}
         if self.job.writes:
             torch.save(actual, self.job.reference)
         if not self.job.reference.exists():
@@ -197,7 +208,9 @@ class Session:
             return None
         inputs: dict[str, Any] = dict(self.inputs)
         options = memopt_options(self.job.peer, self.job.memory_budget)
-        return memopt.explain(self.module, **inputs, options=options).predicted_peak_bytes
+        with torch.set_grad_enabled(self.job.case.trains):
+            report = memopt.explain(self.module, **inputs, options=options)
+        return report.predicted_peak_bytes
 
     def time(self, steps: int) -> list[tuple[float, float]]:
         """Wall-clock and process seconds of each of ``steps`` steps, after one to warm up."""

@@ -16,7 +16,7 @@ from memopt.certify import certify
 from memopt.config import Config
 from memopt.device import device_spec
 from memopt.ledger import LEDGER
-from memopt.lowering import lower_eagerly, lower_with_inductor
+from memopt.lowering import Caches, lower_eagerly, lower_with_inductor
 from memopt.passes import CUT_MAPS, CUT_ROWS, FORMS, JOINT, POST_GRAD, PRE_GRAD
 from memopt.pipeline import Compiled, Named, PassContext, Pipeline, configure
 from memopt.proofs import Proof, recall, remember
@@ -117,7 +117,8 @@ def _lower(
     config = split.config
     key = _cache_key(config, split.held_bytes, split.margin_bytes)
     looked_at = observe is not None or config.memory_budget.kind != "none"
-    for trust_cache in (observe is None, False):
+    attempts: tuple[Caches, ...] = ("all", "graphs", "none")
+    for caches in attempts[observe is not None :]:
         codes: list[str] = []
         compiled = lower_with_inductor(
             gm,
@@ -126,14 +127,14 @@ def _lower(
             key=key,
             patches=_patches(config),
             sink=codes.append if looked_at else None,
-            trust_cache=trust_cache,
+            caches=caches,
         )
-        if split.outcomes or not codes:
+        if split.outcomes or split.forward is not None or not codes:
             break
-        if trust_cache and (proof := recall(key, codes)):
+        if caches == "all" and (proof := recall(key, codes)):
             return compiled, proof
-        if len(codes) == 1:  # inference: nothing to plan
-            break
+        if len(codes) == 1 and not (observe is not None and split.cuts_forwards):
+            break  # nothing to plan, or no one to tell
     certificate = certify(codes, granularity=_granularity(split)) if codes else None
     proof = Proof.of(split, certificate)
     if codes:

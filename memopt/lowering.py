@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import fx
@@ -31,6 +31,8 @@ _HOLD_NOTHING_BACK = {"allow_buffer_reuse": False}
 # On the CPU they buy no time; on a GPU they do, and are left for the certificate to count. Where
 # nothing is trained, maps in that layout are the only ones.
 _COPY_NOTHING = {"layout_optimization": False}
+
+Caches = Literal["all", "graphs", "none"]
 
 
 class Partitioner(CustomPartitionerFn):
@@ -87,7 +89,7 @@ def lower_with_inductor(
     key: str,
     patches: Mapping[str, Any],
     sink: Callable[[str], None] | None,
-    trust_cache: bool = True,
+    caches: Caches = "all",
 ) -> Compiled:
     """Compile with Inductor, both halves at once when ``sink`` wants to see their code.
 
@@ -98,7 +100,8 @@ def lower_with_inductor(
         key: identity of everything ``split`` depends on.
         patches: Inductor configuration.
         sink: receives the source of each emitted module, in the order forward, backward.
-        trust_cache: whether a cached result may skip planning.
+        caches: which of torch's may answer: all, so that a step is not planned again; those of
+            Inductor's graphs, so that graphs without a backward are not; or none.
     """
     with contextlib.ExitStack() as stack:
         bounded = split.config.memory_budget.kind != "none"
@@ -109,8 +112,10 @@ def lower_with_inductor(
         if sink is not None:
             stack.enter_context(functorch_config.patch(force_non_lazy_backward_lowering=True))
             stack.enter_context(capture_output_code(sink))
-        if not trust_cache:
+        if caches != "all":
             stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
+        if caches == "none":
+            patches = {**patches, "fx_graph_cache": False}
         hooks: dict[str, Any] = {"custom_partitioner_fn": Partitioner(key, split)}
         if split.cuts_forwards and inductor_config.post_grad_custom_pre_pass is None:
             hooks["post_grad_custom_pre_pass"] = ForwardCutter(key, split)

@@ -23,7 +23,7 @@ from typing import ClassVar
 import networkx
 from torch import fx
 
-from memopt.graph import aten, is_view
+from memopt.graph import aten, is_collective, is_mutating, is_random, is_view
 from memopt.kernels.map_rows import PUT, PUT_IN_PLACE, TAKE
 from memopt.passes.joint_nodes import call
 from memopt.passes.map_levels import assign_levels, waist
@@ -102,7 +102,12 @@ def write_in_place(graph: fx.Graph) -> None:
 
 
 def _rules(graph: fx.Graph, pieces: int) -> dict[fx.Node, Rule]:
-    """What can be computed by rows, along the first dimension that has some for each piece."""
+    """What can be computed by rows, along the first dimension that has some for each piece.
+
+    Nothing, where the order of the graph is more than that of its values.
+    """
+    if any(is_mutating(n) or is_random(n) or is_collective(n) for n in graph.nodes):
+        return {}
     for along in _DIMENSIONS:
         rules: dict[fx.Node, Rule] = {}
         dims: dict[fx.Node, int] = {}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from bench.zoo import behaviours, hugging_face, language, vision
+from bench.zoo import behaviours, decoders, hugging_face, language, vision
 from bench.zoo.model import Model, Recipe
 
 
@@ -62,6 +62,9 @@ _ENTRIES = (
     _model("unet", _CONV,
         tiny=vision.unet((8, 16, 32), batch=2, side=32),
         bench=vision.unet((32, 64, 128, 256), batch=2, side=128)),
+    _model("vae_decoder", _CONV,
+        tiny=decoders.latent_decoder((8, 16), 1, 4, batch=1, side=8),
+        bench=decoders.latent_decoder((32, 64, 128, 128), 3, 8, batch=1, side=32)),
     _model("lm8", "transformer checkpoint inference",
         tiny=language.language_model(4, 64, 176, 256, 4, batch=2, length=64),
         bench=language.language_model(8, 256, 704, 2048, 4, batch=2, length=512)),
