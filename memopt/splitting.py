@@ -21,6 +21,7 @@ from memopt._torch import (
     force_save_effectful_ops,
     fx_graph_cse,
     has_recomputable_ops,
+    pytree,
     trace_structured,
 )
 from memopt.chunking import (
@@ -142,7 +143,7 @@ class Splitter:
         """
         gm: Any = graph.owning_module
         (output,) = graph.find_nodes(op="output")
-        traced = _Joint(gm, [], len(output.all_input_nodes))
+        traced = _Joint(gm, [], len(pytree.tree_leaves(output.args)))
         uncut = self._planned(traced.cut({}), self.ctx)
         drafts = [self._with_cuts(traced, uncut)]
         if self._may_cut(drafts[0]):
@@ -179,10 +180,13 @@ class Splitter:
         cutter = configure(joint.cutter, self.config)
         if not self._may_cut(best) or not self.config.enabled(cutter.name):
             return best
-        name = cutter.first(joint.gm.graph, alive_at_peak(uncut.liveness))
+        name: str | None = ""
         pieces = 2
-        while name and pieces <= cutter.most and self._may_cut(best):
+        while name is not None and pieces <= cutter.most and self._may_cut(best):
             try:
+                name = name or cutter.first(joint.gm.graph, alive_at_peak(uncut.liveness))
+                if name is None:
+                    break
                 unheard = PassContext(self.config)  # what it would say has been said
                 trial = self._planned(joint.cut({name: pieces}), unheard, uncut.outcome)
             except Exception as error:

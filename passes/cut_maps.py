@@ -15,6 +15,7 @@ doi:10.1109/MICRO.2016.7783725; by patches in software, of MCUNetV2: Lin et al. 
 arXiv:2110.15352. That results take the rows of what they are computed from is memopt's.
 """
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -56,7 +57,7 @@ class CutMaps:
         Args:
             graph: without a backward; changed in place.
             name: of the value.
-            pieces: how many, of the regions that are the widest.
+            pieces: how many, of the regions that are the widest; a power of two.
 
         Returns:
             How many regions were cut.
@@ -76,7 +77,7 @@ class CutMaps:
         _reorder(graph, regions, level)
         regions = [region for region in regions if region.nbytes >= _WIDE * bytes_of(seed)]
         cut = {node for region in regions for node in region.rules}
-        room = Room(level, whole)
+        room = Room(level, whole, cut)
         for region in regions:
             share = region.nbytes / max(other.nbytes for other in regions)
             count = min(pieces, max(4, int(pieces * share**2)))  # less is alive beside them
@@ -111,11 +112,15 @@ def _rules(graph: fx.Graph, pieces: int) -> dict[fx.Node, Rule]:
     for along in _DIMENSIONS:
         rules: dict[fx.Node, Rule] = {}
         dims: dict[fx.Node, int] = {}
+        read_along: dict[fx.Node, int] = {}
         for node in graph.nodes:
             rule = rule_of(node, dims, along)
             least = pieces if along == 0 else 2 * pieces
-            if rule is not None and rows_in(node, rule.dim) >= least:
+            if rule is None or rows_in(node, rule.dim) < least:
+                continue
+            if all(read_along.get(r.source, r.dim) == r.dim for r in rule.reads):
                 rules[node], dims[node] = rule, rule.dim
+                read_along.update((r.source, r.dim) for r in rule.reads)
         if rules:
             return rules
     return {}
@@ -150,7 +155,7 @@ class _Region:
 
     def base(self, node: fx.Node) -> fx.Node:
         """What a node is a view of."""
-        while node in self.rules and is_view(node):
+        while node in self.rules and is_view(node) and node.target is not operator.getitem:
             node = self.rules[node].reads[0].source
         return node
 
@@ -276,9 +281,17 @@ class _Cut:
                 start = before[node] if self._is_kept(node) else needed
                 if min(needed, start) < ends[node]:
                     spans[node] = _Span(min(needed, ends[node]), start, ends[node])
-            found.append({node: spans[node] for node in self.dims if node in spans})
+            found.append(spans)
             before = ends
-        return found
+        for node in filter(self._is_kept, self.dims):
+            needed = self.ends[-1][node]
+            for ends, spans in zip(reversed(self.ends), reversed(found), strict=True):
+                end = ends[node]  # what a later piece needs is kept in this one too
+                span = spans.get(node, _Span(end, end, end))
+                needed = min(needed, span.needed)
+                if min(needed, span.start) < end:
+                    spans[node] = _Span(needed, span.start, end)
+        return [{node: spans[node] for node in self.dims if node in spans} for spans in found]
 
     def _is_kept(self, node: fx.Node) -> bool:
         """Whether rows that the next piece needs again are kept."""

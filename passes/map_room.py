@@ -4,6 +4,7 @@ A map has channels, of which values take some. Those of a value that nothing rea
 free; those of one that dies while a result is computed take the result row by row.
 """
 
+import operator
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -14,9 +15,10 @@ from memopt._torch import pytree
 from memopt.graph import IN_PLACE, aten, is_view
 from memopt.kernels.map_rows import PUT
 from memopt.passes.joint_nodes import call
-from memopt.passes.map_rules import Rows
+from memopt.passes.map_rules import REDUCTIONS, VIEWS, Rows
 
 _CHANNELS = 1  # the dimension
+_ANY_LAYOUT = (*REDUCTIONS, aten.var_mean.correction, aten.var.correction, aten.reshape.default)
 
 
 @dataclass
@@ -26,6 +28,7 @@ class Room:
     Attributes:
         level: of every node, when it is computed.
         alone: values that get maps of their own.
+        by_rows: what is computed by rows.
         moved: what stands for the values that are computed by rows.
         maps: each map as it is by now, by the value that it was made for.
         places: of each value in a map the map, its first channel and the dimension of its rows.
@@ -33,6 +36,7 @@ class Room:
 
     level: Mapping[fx.Node, int]
     alone: Collection[fx.Node]
+    by_rows: Collection[fx.Node]
     moved: dict[fx.Node, fx.Node] = field(default_factory=dict)
     maps: dict[fx.Node, fx.Node] = field(default_factory=dict)
     places: dict[fx.Node, tuple[fx.Node, int, int]] = field(default_factory=dict)
@@ -42,8 +46,8 @@ class Room:
         if node not in self.places:
             return self.moved.get(node, node)
         owner, channel, _ = self.places[node]
-        whole, width = self.maps[owner], node.meta["val"].shape[_CHANNELS]
-        if whole.meta["val"].shape[_CHANNELS] == width:
+        whole, width = self.maps[owner], _width(node)
+        if _width(whole) == width:
             return whole
         channels = _CHANNELS, channel, channel + width
         return call(whole.graph, aten.slice.Tensor, whole, *channels, like=node)
@@ -58,11 +62,13 @@ class Room:
 
     def view(self, node: fx.Node) -> fx.Node:
         """All of a value that is a view of one in a map."""
-        if node in self.places or node in self.moved or not is_view(node):
+        known = node in self.places or node in self.moved
+        if known or not is_view(node) or node.target is operator.getitem:
             return self.current(node)
         seen = {source: self.view(source) for source in node.all_input_nodes}
         args, kwargs = pytree.tree_map_only(fx.Node, seen.__getitem__, (node.args, node.kwargs))
-        return call(node.graph, node.target, *args, like=node, **kwargs)
+        target = aten.reshape.default if node.target in VIEWS else node.target
+        return call(node.graph, target, *args, like=node, **kwargs)
 
     def find(
         self,
@@ -88,9 +94,11 @@ class Room:
         def is_in_the_way(other: fx.Node) -> bool:
             if other in members or not self._is_done(other, at, members):
                 return True
+            if other not in dims and any(user in members for user in other.users):
+                return True  # whole
             return other in dims and any(e[node] > e[other] for e in ends)
 
-        width = node.meta["val"].shape[_CHANNELS]
+        width = _width(node)
         owners = dict.fromkeys(owner for owner, *_ in self.places.values())
         for owner in () if node in self.alone else owners:
             values = [n for n, (own, *_) in self.places.items() if own is owner]
@@ -102,10 +110,10 @@ class Room:
             for channel in (0, *(end for _, end in spans)):
                 last = channel + width
                 clear = all(last <= first or end <= channel for first, end in spans)
-                if clear and last <= self.maps[owner].meta["val"].shape[_CHANNELS]:
+                if clear and last <= _width(self.maps[owner]):
                     self.places[node] = owner, channel, dims[node]
                     return
-        self.maps[node] = _empty(node)
+        self.maps[node] = self._empty(node)
         self.places[node] = node, 0, dims[node]
 
     def overlap(self, one: fx.Node, other: fx.Node) -> bool:
@@ -117,7 +125,7 @@ class Room:
 
     def _channels(self, node: fx.Node) -> tuple[int, int]:
         first = self.places[node][1]
-        return first, first + node.meta["val"].shape[_CHANNELS]
+        return first, first + _width(node)
 
     def _fits(self, node: fx.Node, owner: fx.Node, dim: int) -> bool:
         """Whether a result has the rows of a map, and, where it is returned, all of it."""
@@ -132,13 +140,39 @@ class Room:
         return shape == [*own.shape] and (alike or not _is_returned(node))
 
     def _is_done(self, node: fx.Node, at: int, members: Collection[fx.Node]) -> bool:
-        """Whether nothing reads a value, or a view of it, after a region of some level."""
+        """Whether nothing reads a value, or a view of it, after a region of some level.
+
+        Nor in the region by way of a view that is there before: what the region reads of the
+        value itself it takes in order, of such a view it does not.
+        """
         for user in node.users:
-            if user not in members and (user.op == "output" or self.level[user] >= at):
+            inside = user in members
+            if not inside and (user.op == "output" or self.level.get(user, -1) >= at):
                 return False
-            if is_view(user) and not self._is_done(user, at, members):
-                return False
+            if is_view(user):
+                if not inside and any(reader in members for reader in user.users):
+                    return False
+                if not self._is_done(user, at, members):
+                    return False
         return True
+
+    def _empty(self, node: fx.Node) -> fx.Node:
+        """A map for a value: as it was, or in the layout that convolutions on the CPU prefer.
+
+        That is where its readers take any layout: those that go by rows, and sums over it.
+        """
+        value = node.meta["val"]
+        empty = torch.empty_like(value)
+        readers = [user for user in node.users if user not in self.by_rows]
+        any_layout = all(user.target in _ANY_LAYOUT for user in readers)
+        if value.device.type == "cpu" and value.dim() in (4, 5) and any_layout:
+            last = torch.channels_last if value.dim() == 4 else torch.channels_last_3d
+            empty = torch.empty_like(value, memory_format=last)
+        shape = [*value.shape], [*empty.stride()]
+        kwargs = {"dtype": value.dtype, "device": value.device}
+        made = node.graph.call_function(aten.empty_strided.default, shape, kwargs)
+        made.meta.update(node.meta, val=empty)
+        return made
 
 
 def _is_own(node: fx.Node) -> bool:
@@ -150,15 +184,6 @@ def _is_returned(node: fx.Node) -> bool:
     return any(u.op == "output" or (is_view(u) and _is_returned(u)) for u in node.users)
 
 
-def _empty(node: fx.Node) -> fx.Node:
-    """A map for a value, in the layout that convolutions on the CPU prefer."""
-    value = node.meta["val"]
-    empty = torch.empty_like(value)
-    if value.device.type == "cpu" and value.dim() in (4, 5) and not _is_returned(node):
-        last = torch.channels_last if value.dim() == 4 else torch.channels_last_3d
-        empty = torch.empty_like(value, memory_format=last)
-    shape = [*value.shape], [*empty.stride()]
-    kwargs = {"dtype": value.dtype, "device": value.device}
-    made = node.graph.call_function(aten.empty_strided.default, shape, kwargs)
-    made.meta.update(node.meta, val=empty)
-    return made
+def _width(node: fx.Node) -> int:
+    shape = node.meta["val"].shape
+    return int(shape[_CHANNELS]) if len(shape) > _CHANNELS else 1

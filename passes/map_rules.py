@@ -19,9 +19,9 @@ Window = Callable[[int, int], tuple[int, int]]
 """Of a node's rows from ``a`` to before ``b``, the rows of an input, over its edges too."""
 
 _COPIES = (aten.clone.default, aten._to_copy.default, prims.convert_element_type.default)
-_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 _GATHERS = (aten.index.Tensor, aten._unsafe_index.Tensor)
-_REDUCTIONS = (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default)
+REDUCTIONS = (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def rule_of(node: fx.Node, dims: Mapping[fx.Node, int], along: int) -> Rule | No
     if node.op != "call_function" or not isinstance(shape_of(node), torch.Size):
         return None
     if target is aten.convolution.default:
-        return _of_convolution(node, along)
+        return _of_convolution(node, dims, along)
     if dims.keys().isdisjoint(node.all_input_nodes):
         return None
     return _RULES.get(target, _of_loop)(node, dims)
@@ -142,7 +142,7 @@ def _of_loop(node: fx.Node, dims: Mapping[fx.Node, int]) -> Rule | None:
     tags = target.tags if isinstance(target, OpOverload) else ()
     if not (torch.Tag.pointwise in tags or target in _COPIES):
         return None
-    if torch.Tag.nondeterministic_seeded in tags:
+    if torch.Tag.nondeterministic_seeded in tags or not isinstance(node.meta["val"], torch.Tensor):
         return None
     shape = node.meta["val"].shape
     own = {n: len(shape) - len(shape_of(n) or ()) for n in node.all_input_nodes}
@@ -240,11 +240,10 @@ def _of_gather(node: fx.Node, dims: Mapping[fx.Node, int]) -> Rule | None:
     behind = named[-1] + 1 - dim  # from the right, the dimension of what the rows' numbers give
     index = indices[dim]
     own = index.meta["val"].shape
-    lone = [1] * len(own)
     if len(own) < behind or any(_size_from_right(other, behind) != 1 for other in others):
         return None
-    lone[-behind] = shape[dim]
-    numbers = _constant_of(index) if [*own] == lone else None
+    ahead, after = [1] * (len(own) - behind), [1] * (behind - 1)
+    numbers = _constant_of(index) if [*own] == [*ahead, shape[dim], *after] else None
     if numbers is None:
         return None
     size = source.meta["val"].shape[dim]
@@ -255,21 +254,22 @@ def _of_gather(node: fx.Node, dims: Mapping[fx.Node, int]) -> Rule | None:
 
     def make(graph: fx.Graph, rows: Rows, given: Given) -> fx.Node:
         piece = given[source]
-        lone[-behind] = rows.end - rows.start
-        moved = torch.tensor([n - piece.start for n in at[rows.start : rows.end]]).reshape(lone)
-        placed = [*indices]
-        placed[dim] = _constant(graph, moved, like=index)
+        moved = torch.tensor([n - piece.start for n in at[rows.start : rows.end]])
+        placed = [i and _whole_or_part(given, i) for i in indices]
+        placed[dim] = _constant(graph, moved.reshape([*ahead, -1, *after]), like=index)
         return call(graph, node.target, piece.node, placed, like=node)
 
     return Rule(dim, (Read(source, dim, window),), make)
 
 
-def _of_convolution(node: fx.Node, along: int) -> Rule | None:
+def _of_convolution(node: fx.Node, dims: Mapping[fx.Node, int], along: int) -> Rule | None:
     """Rows around each row; over the edges lie zeros."""
     arguments: tuple[Any, ...] = node.args
     x, weight, bias, strides, paddings, dilations, transposed, beyond, groups = arguments
     rank = node.meta["val"].dim()
-    if along >= rank or rank != weight.meta["val"].dim():
+    if along >= rank or rank != weight.meta["val"].dim() or dims.get(x, along) != along:
+        return None
+    if x is weight or weight in dims or bias in dims:
         return None
     if along == 0:
         return Rule(0, (Read(x, 0, _same),), _again(node), is_costly=True)
@@ -279,6 +279,8 @@ def _of_convolution(node: fx.Node, along: int) -> Rule | None:
     reach = dilation * (weight.meta["val"].shape[along] - 1)
     unpadded = [0 if d == at else n for d, n in enumerate(sizes[1])]
     if transposed and (more or stride > reach + 1):  # rows of no input row
+        return None
+    if padding > reach:  # rows of zeros alone
         return None
 
     def window(a: int, b: int) -> tuple[int, int]:
@@ -336,9 +338,9 @@ def _of_part(node: fx.Node, dims: Mapping[fx.Node, int]) -> Rule | None:
 
 
 _RULES: dict[Any, Callable[[fx.Node, Mapping[fx.Node, int]], Rule | None]] = {
-    **dict.fromkeys(_VIEWS, _of_view),
+    **dict.fromkeys(VIEWS, _of_view),
     **dict.fromkeys(_GATHERS, _of_gather),
-    **dict.fromkeys(_REDUCTIONS, _of_reduction),
+    **dict.fromkeys(REDUCTIONS, _of_reduction),
     aten.cat.default: _of_concatenation,
     aten.permute.default: _of_permutation,
     prims._low_memory_max_pool_with_offsets.default: _of_pool,
@@ -356,7 +358,7 @@ def _padded(graph: fx.Graph, rows: Rows, dim: int, first: int, last: int, value:
 
 
 def _constant_of(node: fx.Node) -> torch.Tensor | None:
-    """A value that depends on no input of the graph; None where it does."""
+    """A value that depends on no input of a graph without random numbers; None where it does."""
     todo, seen = [node], {node}
     while todo:
         sources = set(todo.pop().all_input_nodes) - seen
