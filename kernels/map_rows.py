@@ -15,6 +15,7 @@ from torch import Tensor
 _WHERE = "int dim, int start, int channel"
 for _schema in (
     "take_rows(Tensor x, int dim, int start, int end) -> Tensor",
+    "take_rows_behind(Tensor rows, Tensor x, int dim, int start, int end) -> Tensor",
     f"put_rows(Tensor x, Tensor rows, {_WHERE}) -> Tensor",
     f"put_rows_(Tensor(a!) x, Tensor rows, {_WHERE}) -> ()",
 ):
@@ -22,6 +23,7 @@ for _schema in (
     torch.library.define(f"memopt::{_name}", f"({_rest}", tags=(torch.Tag.flexible_layout,))
 
 TAKE = torch.ops.memopt.take_rows.default
+TAKE_BEHIND = torch.ops.memopt.take_rows_behind.default
 PUT = torch.ops.memopt.put_rows.default
 PUT_IN_PLACE = torch.ops.memopt.put_rows_.default
 
@@ -29,6 +31,11 @@ PUT_IN_PLACE = torch.ops.memopt.put_rows_.default
 def _take(x: Tensor, dim: int, start: int, end: int) -> Tensor:
     """A copy of ``x`` from ``start`` to before ``end``, dense in the same order of dimensions."""
     return x.narrow(dim, start, end - start).clone()
+
+
+def _take_behind(rows: Tensor, x: Tensor, dim: int, start: int, end: int) -> Tensor:
+    """``rows``, and behind them ``x`` from ``start`` to before ``end``."""
+    return torch.cat([rows, x.narrow(dim, start, end - start)], dim)
 
 
 def _put(x: Tensor, rows: Tensor, dim: int, start: int, channel: int) -> Tensor:
@@ -47,6 +54,7 @@ def _put_in_place(x: Tensor, rows: Tensor, dim: int, start: int, channel: int) -
 
 for _name, _function in (
     ("take_rows", _take),
+    ("take_rows_behind", _take_behind),
     ("put_rows", _put),
     ("put_rows_", _put_in_place),
 ):

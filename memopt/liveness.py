@@ -5,7 +5,7 @@ is certified is the code that Inductor emits.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -70,6 +70,23 @@ class Liveness:
     def backward_peak_bytes(self) -> int:
         """The highest of ``live_bytes`` in the backward."""
         return max(self.live_bytes[len(self.schedule.forward) :], default=0)
+
+    def alive_at_peak(self) -> list[str]:
+        """Names of the values that the peak is made of, the largest first."""
+        joint, live = self.schedule.joint, self.live_bytes
+        if not live:
+            return []
+        peak = live.index(max(live))
+        alive = {s for s, first, last in self.lives if first <= peak <= last}
+        storages = sorted((joint.storages[s] for s in alive), key=lambda s: (-s.nbytes, s.owner))
+        return [joint.nodes[s.base if s.base >= 0 else s.owner].name for s in storages]
+
+    def peak_among(self, names: Collection[str]) -> int:
+        """The highest of ``live_bytes`` while some nodes run."""
+        nodes = self.schedule.joint.nodes
+        steps = (*self.schedule.forward, *self.schedule.backward)
+        live = zip(steps, self.live_bytes, strict=True)
+        return max((nbytes for i, nbytes in live if nodes[i].name in names), default=0)
 
     @property
     def gradient_bytes(self) -> int:

@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +15,6 @@ from memopt._torch import (
     choose_saved_values_set,
     classify_nodes,
     cleanup_recompute_tags,
-    copy_graph,
     force_save_bw_mutation_src,
     force_save_collectives,
     force_save_effectful_ops,
@@ -33,31 +32,25 @@ from memopt.chunking import (
 )
 from memopt.config import Config
 from memopt.cost import CostModel
+from memopt.cutting import Cutting, Draft, Traced
 from memopt.device import DEVICES, DeviceSpec, device_spec, spec_for_product
 from memopt.forms import Form, offer
 from memopt.graph import INLINED, tensors
 from memopt.joint import JointGraph, index_joint_graph
-from memopt.liveness import Liveness
 from memopt.outcome import Outcome, load_plan, read_plan
 from memopt.partition import partition
 from memopt.passes import CUT_MAPS, CUT_ROWS, FORMS, JOINT, POST_GRAD
 from memopt.passes.compress import Compress
-from memopt.passes.cut_maps import CutMaps, write_in_place
-from memopt.passes.cut_rows import CutRows, alive_at_peak
+from memopt.passes.cut_maps import write_in_place
 from memopt.passes.offload import Offload, OffloadToFiles
 from memopt.pipeline import PassContext, Pipeline, configure
 from memopt.planner import Search
 from memopt.problem import Candidate, Problem
-from memopt.remarks import RemarkKind
 
 # Share of the budget that a first attempt leaves free: where loops merge in a way that the model
 # does not see, the emitted code was at most this much above it on most graphs, and trying again
 # costs as much as compiling.
 _FIRST_MARGIN = 0.02
-
-# Pieces are smaller products, and are put together in the end: a gain below this is not worth it.
-_WORTH_A_CUT = 0.99
-_LEAST_TRIED = 8
 
 Halves = tuple[fx.GraphModule, fx.GraphModule]
 
@@ -110,8 +103,8 @@ class Splitter:
         gm = _tidy(gm)
         Pipeline("joint", JOINT).run(gm, self.ctx)
         static = [*(static_lifetime_input_indices or ())]
-        draft = self._draft(_Joint(gm, static, num_fwd_outputs))
-        gm, info, outcome = draft.gm, draft.info, draft.outcome
+        draft = self._draft(Traced(gm, static, num_fwd_outputs, CUT_ROWS))
+        gm, info, outcome = draft.traced.gm, draft.info, draft.outcome
         joint = outcome.problem.joint
         self.outcomes.append(outcome)
         trace_structured(
@@ -143,74 +136,28 @@ class Splitter:
         """
         gm: Any = graph.owning_module
         (output,) = graph.find_nodes(op="output")
-        traced = _Joint(gm, [], len(pytree.tree_leaves(output.args)))
-        uncut = self._planned(traced.cut({}), self.ctx)
-        drafts = [self._with_cuts(traced, uncut)]
-        if self._may_cut(drafts[0]):
-            drafts.append(self._with_cuts(replace(traced, cutter=CUT_MAPS), uncut))
+        rows = Traced(gm, [], len(pytree.tree_leaves(output.args)), CUT_ROWS)
+        uncut = self._planned(rows.cut({}), self.ctx)
+        cutting = Cutting(self._planned, self.ctx)
+        drafts = [cutting.search(rows, uncut)]
+        if cutting.is_asked_for(drafts[0]):
+            drafts.append(cutting.search(replace(rows, cutter=CUT_MAPS), uncut))
         best = min(drafts, key=lambda d: (not d.outcome.fits, d.liveness.peak_bytes))
-        self._say_what_is_cut(best)
+        cutting.say(best)
         self.forward = best.outcome
-        for name, pieces in best.outcome.cut.items():
-            best.cutter(graph, name, pieces)
+        best.traced.cutter(graph, best.outcome.cut)
         write_in_place(graph)
 
-    def _draft(self, joint: "_Joint") -> "_Draft":
+    def _draft(self, joint: Traced) -> Draft:
         """Plan; where nothing fits, and for the lowest peak, cut what is widest into pieces."""
         if self.config.plan is not None:
             return self._planned(joint.cut(read_plan(self.config.plan).cut), self.ctx)
-        best = self._with_cuts(joint, self._planned(joint.cut({}), self.ctx))
-        self._say_what_is_cut(best)
+        cutting = Cutting(self._planned, self.ctx)
+        best = cutting.search(joint, self._planned(joint.cut({}), self.ctx))
+        cutting.say(best)
         return best
 
-    def _may_cut(self, draft: "_Draft") -> bool:
-        """Whether pieces are asked for: where nothing fits, and for the lowest peak."""
-        kind = self.config.memory_budget.kind
-        return kind == "min" or (kind != "none" and not draft.outcome.fits)
-
-    def _with_cuts(self, joint: "_Joint", uncut: "_Draft") -> "_Draft":
-        """The plan of the fewest pieces that fit, or of those with the lowest peak.
-
-        Args:
-            joint: the graph, as it was traced.
-            uncut: its plan in one piece.
-        """
-        start = time.perf_counter()
-        best = uncut
-        cutter = configure(joint.cutter, self.config)
-        if not self._may_cut(best) or not self.config.enabled(cutter.name):
-            return best
-        name: str | None = ""
-        pieces = 2
-        while name is not None and pieces <= cutter.most and self._may_cut(best):
-            try:
-                name = name or cutter.first(joint.gm.graph, alive_at_peak(uncut.liveness))
-                if name is None:
-                    break
-                unheard = PassContext(self.config)  # what it would say has been said
-                trial = self._planned(joint.cut({name: pieces}), unheard, uncut.outcome)
-            except Exception as error:
-                if self.config.strict:
-                    raise
-                text = f"left alone: it raised {type(error).__name__}: {error}"
-                self.ctx.remark(cutter.name, RemarkKind.MISSED, text)
-                break
-            pieces *= 2
-            if trial.liveness.peak_bytes <= _WORTH_A_CUT * best.liveness.peak_bytes:
-                best = trial
-            elif best is not uncut or pieces > _LEAST_TRIED:
-                break
-        seconds = uncut.outcome.seconds + time.perf_counter() - start
-        return replace(best, outcome=replace(best.outcome, seconds=seconds))
-
-    def _say_what_is_cut(self, draft: "_Draft") -> None:
-        for name, pieces in draft.outcome.cut.items():
-            text = f"what is as wide as {name} is computed in {pieces} pieces of its rows"
-            self.ctx.remark(draft.cutter.name, RemarkKind.APPLIED, text)
-
-    def _planned(
-        self, joint: "_Joint", ctx: PassContext, uncut: Outcome | None = None
-    ) -> "_Draft":
+    def _planned(self, joint: Traced, ctx: PassContext, uncut: Outcome | None = None) -> Draft:
         """One graph's plan.
 
         Args:
@@ -224,7 +171,7 @@ class Splitter:
         offer(gm.graph, self._forms(), ctx, device_of(gm.graph.nodes, self.config))
         indexed = index_joint_graph(gm, info, num_fwd_outputs=joint.num_fwd_outputs)
         outcome = self._plan(indexed, stock, uncut)
-        return _Draft(gm, info, replace(outcome, cut=joint.pieces), joint.cutter)
+        return Draft(joint, info, replace(outcome, cut=joint.pieces))
 
     def _stock(self, gm: fx.GraphModule, info: NodeInfo) -> set[str] | None:
         """What torch's own partition saves, to start from; eager's lowering has none."""
@@ -327,48 +274,6 @@ class Splitter:
             if chosen is None and self.margin_bytes is None:
                 chosen = search.plan(limit)
         return Outcome(problem, search, chosen or search.floor, limit, chosen is not None)
-
-
-@dataclass(frozen=True)
-class _Joint:
-    """A joint graph as it was traced.
-
-    Attributes:
-        gm: the graph.
-        static: positions of inputs that never move.
-        num_fwd_outputs: how many results are the forward's.
-        pieces: how it was cut, as in `Plan`.
-        cutter: what cuts it.
-    """
-
-    gm: fx.GraphModule
-    static: list[int]
-    num_fwd_outputs: int
-    pieces: Mapping[str, int] = field(default_factory=dict)
-    cutter: CutRows | CutMaps = CUT_ROWS
-
-    def cut(self, pieces: Mapping[str, int]) -> "_Joint":
-        """A copy, cut."""
-        gm = fx.GraphModule(self.gm, copy_graph(self.gm.graph))
-        for name, count in pieces.items():
-            self.cutter(gm.graph, name, count)
-        gm.recompile()
-        return replace(self, gm=gm, pieces=pieces)
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """A joint graph with a plan for it."""
-
-    gm: fx.GraphModule
-    info: NodeInfo
-    outcome: Outcome
-    cutter: CutRows | CutMaps
-
-    @property
-    def liveness(self) -> Liveness:
-        """Of the plan."""
-        return self.outcome.chosen.liveness
 
 
 def device_of(nodes: Iterable[fx.Node], config: Config) -> DeviceSpec:

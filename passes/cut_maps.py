@@ -24,14 +24,17 @@ from typing import ClassVar
 import networkx
 from torch import fx
 
+from memopt.cutters import Regions, Trial
 from memopt.graph import aten, is_collective, is_mutating, is_random, is_view
-from memopt.kernels.map_rows import PUT, PUT_IN_PLACE, TAKE
+from memopt.kernels.map_rows import PUT, PUT_IN_PLACE, TAKE, TAKE_BEHIND
 from memopt.passes.joint_nodes import call
 from memopt.passes.map_levels import assign_levels, waist
 from memopt.passes.map_room import Room
 from memopt.passes.map_rules import Read, Rows, Rule, bytes_of, narrowed, rows_in, rule_of
 
-_WIDE = 0.25  # of the widest value: what is narrower is not cut for its own sake
+_WIDE = 0.25  # of the widest value that is cut: no region with one stays whole
+_LEAST = 2  # pieces of a region that is cut
+_NEAR = 0.9  # of the peak: what comes this near is lowered with it
 _DIMENSIONS = (0, 2, 3, 4)  # images of a batch first, then rows, then columns
 
 
@@ -44,28 +47,32 @@ class CutMaps:
     """
 
     name: ClassVar[str] = "cut_maps"
+    covers: ClassVar[str] = "what goes with"
     most: int = 32
 
-    def first(self, graph: fx.Graph, names: Sequence[str]) -> str | None:
-        """The first of some values that can be cut in two, if one can."""
-        members = {node.name for node in _rules(graph, 2)}
-        return next((name for name in names if name in members), None)
+    def more(self, trial: Trial) -> Mapping[str, int]:
+        """Twice as many pieces of each region in which too much is alive."""
+        peak, limit = trial.liveness.peak_bytes, trial.limit_bytes
+        alive = {name: trial.liveness.peak_among(own) for name, own in trial.regions.items()}
+        binding = [name for name, nbytes in alive.items() if nbytes == peak]
+        if all(trial.pieces.get(name, 0) >= self.most for name in binding):  # or none
+            return {}
+        bound = _NEAR * peak if limit is None else limit
+        high = {name for name, nbytes in alive.items() if nbytes > bound}
+        more = {name: min(self.most, 2 * trial.pieces.get(name, _LEAST)) for name in high}
+        return {**trial.pieces, **more}
 
-    def __call__(self, graph: fx.Graph, name: str, pieces: int) -> int:
-        """Cut every region with a value that is about as wide as one.
+    def __call__(self, graph: fx.Graph, pieces: Mapping[str, int]) -> Regions:
+        """Cut some regions.
 
         Args:
             graph: without a backward; changed in place.
-            name: of the value.
-            pieces: how many, of the regions that are the widest; a power of two.
+            pieces: how many of each, by the name of one of its nodes; powers of two.
 
         Returns:
-            How many regions were cut.
+            Every region, cut or not, by its first node.
         """
-        rules = _rules(graph, pieces)
-        seed = next((node for node in rules if node.name == name), None)
-        if seed is None:
-            return 0
+        rules = _rules(graph, self.most)
         whole: set[fx.Node] = set()
         while True:
             level = assign_levels(graph, rules, whole)
@@ -74,20 +81,24 @@ class CutMaps:
             if not any(waists):
                 break
             whole.update(node for node in waists if node is not None)
+        found = {region.name: [node.name for node in region.rules] for region in regions}
+        widest = max((r.nbytes for r in regions if r.pieces(pieces)), default=0)
+        if not widest:
+            return found
+        regions = [region for region in regions if region.nbytes >= _WIDE * widest]
         _reorder(graph, regions, level)
-        regions = [region for region in regions if region.nbytes >= _WIDE * bytes_of(seed)]
         cut = {node for region in regions for node in region.rules}
         room = Room(level, whole, cut)
         for region in regions:
-            share = region.nbytes / max(other.nbytes for other in regions)
-            count = min(pieces, max(4, int(pieces * share**2)))  # less is alive beside them
-            _Cut(graph, region, 1 << (count.bit_length() - 1), room).run()
+            before = set(graph.nodes)
+            _Cut(graph, region, region.pieces(pieces) or _LEAST, room).run()
+            found[region.name] = [node.name for node in graph.nodes if node not in before]
         for node, map_ in room.moved.items():
             node.replace_all_uses_with(map_, lambda user: user not in cut)
         for node in reversed([node for region in regions for node in region.rules]):
             graph.erase_node(node)
         graph.lint()
-        return len(regions)
+        return found
 
 
 def write_in_place(graph: fx.Graph) -> None:
@@ -103,30 +114,43 @@ def write_in_place(graph: fx.Graph) -> None:
 
 
 def _rules(graph: fx.Graph, pieces: int) -> dict[fx.Node, Rule]:
-    """What can be computed by rows, along the first dimension that has some for each piece.
+    """What can be computed by rows, along the first dimension of those that have the most of them.
 
     Nothing, where the order of the graph is more than that of its values.
+
+    Args:
+        graph: a graph.
+        pieces: more rows than it takes for so many count for nothing.
     """
     if any(is_mutating(n) or is_random(n) or is_collective(n) for n in graph.nodes):
         return {}
-    for along in _DIMENSIONS:
-        rules: dict[fx.Node, Rule] = {}
-        dims: dict[fx.Node, int] = {}
-        read_along: dict[fx.Node, int] = {}
-        for node in graph.nodes:
-            rule = rule_of(node, dims, along)
-            least = pieces if along == 0 else 2 * pieces
-            if rule is None or rows_in(node, rule.dim) < least:
-                continue
-            if all(read_along.get(r.source, r.dim) == r.dim for r in rule.reads):
-                rules[node], dims[node] = rule, rule.dim
-                read_along.update((r.source, r.dim) for r in rule.reads)
-        if rules:
-            return rules
-    return {}
+    return max(
+        (_rules_along(graph, along) for along in _DIMENSIONS),
+        key=lambda rules: min(pieces, _most_pieces(rules)),
+    )
 
 
-@dataclass(frozen=True)
+def _rules_along(graph: fx.Graph, along: int) -> dict[fx.Node, Rule]:
+    rules: dict[fx.Node, Rule] = {}
+    dims: dict[fx.Node, int] = {}
+    read_along: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        rule = rule_of(node, dims, along)
+        if rule is None or _most_pieces({node: rule}) < 2:
+            continue
+        if all(read_along.get(r.source, r.dim) == r.dim for r in rule.reads):
+            rules[node], dims[node] = rule, rule.dim
+            read_along.update((r.source, r.dim) for r in rule.reads)
+    return rules
+
+
+def _most_pieces(rules: Mapping[fx.Node, Rule]) -> int:
+    """Into how many pieces the value with the most rows can be cut: of rows of maps, two each."""
+    counts = [rows_in(node, rule.dim) // (2 if rule.dim else 1) for node, rule in rules.items()]
+    return 1 << max([1, *counts]).bit_length() - 1
+
+
+@dataclass(frozen=True, eq=False)
 class _Region:
     """Nodes that are computed by rows together.
 
@@ -159,10 +183,19 @@ class _Region:
             node = self.rules[node].reads[0].source
         return node
 
+    @property
+    def name(self) -> str:
+        """Of the first node."""
+        return next(iter(self.rules)).name
+
     @cached_property
     def nbytes(self) -> int:
         """Of its widest value."""
         return max(map(bytes_of, [*self.rules, *self.inputs]))
+
+    def pieces(self, asked: Mapping[str, int]) -> int:
+        """Into how many it is to be cut; 0 where none are asked for."""
+        return min(_most_pieces(self.rules), max(asked.get(n.name, 0) for n in self.rules))
 
 
 def _regions(rules: Mapping[fx.Node, Rule], level: Mapping[fx.Node, int]) -> list[_Region]:
@@ -314,34 +347,45 @@ class _Cut:
         """
         made: dict[fx.Node, Rows] = {}
         for node, span in spans.items():
-            parts = [kept[node]] if span.needed < span.start else []
-            if span.start < span.end:
-                rows = self._computed(node, span.start, span.end, made)
-                parts.append(rows)
+            before = kept[node] if span.needed < span.start else None
+            if span.start == span.end:
+                assert before is not None
+                made[node] = before
+            elif node not in self.region.rules:
+                made[node] = self._taken(node, span, before)
+            else:
+                rows = self._computed(node, span, made)
                 if node in self.region.outputs:
                     first, dim = written[node], self.dims[node]
                     fresh = narrowed(self.graph, rows, dim, first, span.end)
                     self.room.put(node, Rows(fresh, first, span.end))
-            made[node] = parts[0]
-            if len(parts) > 1:
-                both = [part.node for part in parts]
-                whole = call(self.graph, aten.cat.default, both, self.dims[node], like=node)
-                made[node] = Rows(whole, parts[0].start, span.end)
+                made[node] = rows if before is None else self._joined(node, before, rows)
         return made
 
-    def _computed(self, node: fx.Node, start: int, end: int, made: Mapping[fx.Node, Rows]) -> Rows:
-        rule = self.region.rules.get(node)
-        if rule is None:
-            source, where = self.room.current(node), (self.dims[node], start, end)
-            return Rows(call(self.graph, TAKE, source, *where, like=node), start, end)
+    def _taken(self, node: fx.Node, span: _Span, before: Rows | None) -> Rows:
+        """Rows of what the region reads, behind those that were kept."""
+        source, where = self.room.current(node), (self.dims[node], span.start, span.end)
+        if before is None:
+            return Rows(call(self.graph, TAKE, source, *where, like=node), span.start, span.end)
+        made = call(self.graph, TAKE_BEHIND, before.node, source, *where, like=node)
+        return Rows(made, before.start, span.end)
+
+    def _computed(self, node: fx.Node, span: _Span, made: Mapping[fx.Node, Rows]) -> Rows:
+        rule = self.region.rules[node]
         wholes = [n for n in node.all_input_nodes if n not in self.dims]
         given = {n: Rows(self.room.current(n), 0, 0) for n in wholes}
         for read in rule.reads:
-            first, last = read.window(start, end)
+            first, last = read.window(span.start, span.end)
             first, last = max(0, first), min(last, rows_in(read.source, read.dim))
             part = narrowed(self.graph, made[read.source], read.dim, first, last)
             given[read.source] = Rows(part, first, last)
-        return Rows(rule.make(self.graph, Rows(node, start, end), given), start, end)
+        rows = rule.make(self.graph, Rows(node, span.start, span.end), given)
+        return Rows(rows, span.start, span.end)
+
+    def _joined(self, node: fx.Node, before: Rows, rows: Rows) -> Rows:
+        both = [before.node, rows.node]
+        whole = call(self.graph, aten.cat.default, both, self.dims[node], like=node)
+        return Rows(whole, before.start, rows.end)
 
     def _part(self, node: fx.Node, rows: Rows, following: _Span) -> Rows:
         """The rows that the next piece needs again: a copy, so that the others can go."""

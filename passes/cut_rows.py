@@ -24,8 +24,8 @@ import torch
 from torch import fx
 
 from memopt._torch import OpOverload, pytree, stable_topological_sort
+from memopt.cutters import Regions, Trial
 from memopt.graph import TURNS, aten, backward_nodes, prims
-from memopt.liveness import Liveness
 from memopt.passes.joint_nodes import call
 
 _WIDE = 0.5  # of the widest value: what is narrower is read or returned, not cut for its own sake
@@ -52,46 +52,40 @@ class CutRows:
     """
 
     name: ClassVar[str] = "cut_rows"
+    covers: ClassVar[str] = "what is as wide as"
     most: int = 16
 
-    def first(self, graph: fx.Graph, names: Sequence[str]) -> str | None:
-        """The first of some values of a joint graph that can be cut in two, if one can."""
-        by_name = {node.name: node for node in graph.nodes}
-        return next((n for n in names if n in by_name and _stretch(by_name[n], 2)), None)
+    def more(self, trial: Trial) -> Mapping[str, int]:
+        """At first the largest value of the peak that can be cut, in two; then twice as many."""
+        for name, pieces in trial.pieces.items():
+            return {name: 2 * pieces} if 2 * pieces <= self.most else {}
+        by_name = {node.name: node for node in trial.graph.nodes}
+        alive = [name for name in trial.liveness.alive_at_peak() if name in by_name]
+        first = next((name for name in alive if _stretch(by_name[name], 2)), None)
+        return {} if first is None else {first: 2}
 
-    def __call__(self, graph: fx.Graph, name: str, pieces: int) -> int:
+    def __call__(self, graph: fx.Graph, pieces: Mapping[str, int]) -> Regions:
         """Cut every stretch that is as wide as a value.
 
         Args:
             graph: a joint graph; changed in place.
-            name: of the value.
-            pieces: how many.
+            pieces: how many, by the name of the value.
 
         Returns:
-            How many stretches were cut.
+            What was cut, by its first node.
         """
-        numel = next((_numel(node) for node in graph.nodes if node.name == name), 0)
-        cuts = 0
-        done: set[fx.Node] = set()
-        for node in [node for node in graph.nodes if _numel(node) == numel > 0]:
-            if node not in done and (stretch := _stretch(node, pieces)):
-                done.update(stretch.members)
-                _cut(graph, stretch)
-                cuts += 1
-        stable_topological_sort(graph)
-        graph.lint()
-        return cuts
-
-
-def alive_at_peak(liveness: Liveness) -> list[str]:
-    """Names of the values that a peak is made of, the largest first."""
-    joint, live = liveness.schedule.joint, liveness.live_bytes
-    if not live:
-        return []
-    peak = live.index(max(live))
-    alive = {s for s, first, last in liveness.lives if first <= peak <= last}
-    storages = sorted((joint.storages[s] for s in alive), key=lambda s: (-s.nbytes, s.owner))
-    return [joint.nodes[s.base if s.base >= 0 else s.owner].name for s in storages]
+        regions: dict[str, list[str]] = {}
+        for name, count in pieces.items():
+            numel = next((_numel(node) for node in graph.nodes if node.name == name), 0)
+            done: set[fx.Node] = set()
+            for node in [node for node in graph.nodes if _numel(node) == numel > 0]:
+                if node not in done and (stretch := _stretch(node, count)):
+                    done.update(stretch.members)
+                    regions[node.name] = [member.name for member in stretch.members]
+                    _cut(graph, stretch)
+            stable_topological_sort(graph)
+            graph.lint()
+        return regions
 
 
 @dataclass(frozen=True)
