@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.zoo.model import Recipe
 from bench.zoo.tuning import LowRank, adapt
 from bench.zoo.vision import resnet
+from bench.zoo.vision_library import efficientnet, mobilenet_v2, regnet
 from memopt.passes import JOINT, POST_GRAD, PRE_GRAD
 
 GB = 10**9
@@ -67,52 +69,20 @@ def resnet50_frozen() -> Made:
 
 def resnet50(*, norms_in_eval: bool) -> Made:
     """ResNet-50, all of it trained; 32 images."""
-    recipe = resnet((3, 4, 6, 3), 64, frozen=norms_in_eval, batch=32, side=224)
+    return made(resnet((3, 4, 6, 3), 64, frozen=norms_in_eval, batch=32, side=224))
+
+
+def made(recipe: Recipe) -> Made:
+    """All of a model trained, norms in eval mode."""
     return recipe.build(), recipe.inputs(0)
-
-
-def mobilenet_v2() -> Made:
-    """MobileNetV2, all of it trained, norms in eval mode; 16 images."""
-    from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
-
-    config = MobileNetV2Config(tf_padding=False, num_labels=10)
-    return _with_norms_in_eval(MobileNetV2ForImageClassification(config))
-
-
-def efficientnet_b0() -> Made:
-    """EfficientNet-b0, all of it trained, norms in eval mode; 16 images."""
-    from transformers import EfficientNetConfig, EfficientNetForImageClassification
-
-    config = EfficientNetConfig(
-        width_coefficient=1.0, depth_coefficient=1.0, image_size=224, hidden_dim=1280,
-        dropout_rate=0.2, num_labels=10,
-    )  # fmt: skip
-    return _with_norms_in_eval(EfficientNetForImageClassification(config))
-
-
-def regnet_y_040() -> Made:
-    """RegNet-y-040, all of it trained, norms in eval mode; 16 images."""
-    from transformers import RegNetConfig, RegNetForImageClassification
-
-    config = RegNetConfig(
-        depths=[2, 6, 12, 2], hidden_sizes=[128, 192, 512, 1088], groups_width=64,
-        layer_type="y", num_labels=10,
-    )  # fmt: skip
-    return _with_norms_in_eval(RegNetForImageClassification(config))
-
-
-def _with_norms_in_eval(model: nn.Module) -> Made:
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-    return model, _images("pixel_values", batch=16)
 
 
 def _images(name: str, *, batch: int) -> dict[str, Tensor]:
     labels = torch.zeros(batch, dtype=torch.long)
     return {name: torch.randn(batch, 3, 224, 224), "labels": labels}
 
+
+_REGNET_Y_040 = regnet((2, 6, 12, 2), (128, 192, 512, 1088), 64, batch=16, side=224)
 
 PLANS = {
     "llama3_8b": PlanCase(
@@ -131,7 +101,11 @@ PLANS = {
         partial(resnet50, norms_in_eval=True), {"0.95": {"memory_budget": 0.95}}
     ),
     "resnet50": PlanCase(partial(resnet50, norms_in_eval=False), {"0.6": {"memory_budget": 0.6}}),
-    "mobilenet_v2": PlanCase(mobilenet_v2, {"0.95": {"memory_budget": 0.95}}),
-    "efficientnet_b0": PlanCase(efficientnet_b0, {"0.55": {"memory_budget": 0.55}}),
-    "regnet_y_040": PlanCase(regnet_y_040, {"0.8": {"memory_budget": 0.8}}),
+    "mobilenet_v2": PlanCase(
+        partial(made, mobilenet_v2(batch=16, side=224)), {"0.95": {"memory_budget": 0.95}}
+    ),
+    "efficientnet_b0": PlanCase(
+        partial(made, efficientnet(batch=16, side=224)), {"0.55": {"memory_budget": 0.55}}
+    ),
+    "regnet_y_040": PlanCase(partial(made, _REGNET_Y_040), {"0.8": {"memory_budget": 0.8}}),
 }

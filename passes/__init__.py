@@ -28,6 +28,7 @@ from memopt.passes.offload import Offload, OffloadToFiles
 from memopt.passes.overwrite_hidden_states import MarkHiddenStates, OverwriteHiddenStates
 from memopt.passes.overwrite_rotary import OverwriteRotary
 from memopt.passes.pack_masks import PackMasks
+from memopt.passes.pack_query_groups import PackQueryGroups
 from memopt.passes.remake_in_backward import RemakeInBackward
 from memopt.passes.tune_norms import TuneNorms
 from memopt.passes.unshare_readers import UnshareReaders
@@ -40,6 +41,7 @@ PRE_GRAD: tuple[Pass, ...] = (
     FuseRotary(),
     FuseNorms(),
     FuseGates(),
+    PackQueryGroups(),
 )
 JOINT: tuple[Pass, ...] = (
     CloneMutatedInputs(),

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from bench.zoo import behaviours, decoders, hugging_face, language, vision
+from bench.zoo import behaviours, decoders, hugging_face, language, vision, vision_library
 from bench.zoo.model import Model, Recipe
 
 
@@ -65,6 +65,35 @@ _ENTRIES = (
     _model("vae_decoder", _CONV,
         tiny=decoders.latent_decoder((8, 16), 1, 4, batch=1, side=8),
         bench=decoders.latent_decoder((32, 64, 128, 128), 3, 8, batch=1, side=32)),
+    _model("regnet", "conv inference",
+        tiny=vision_library.regnet((1, 1), (32, 64), 16, batch=2, side=32),
+        bench=vision_library.regnet(
+            (2, 6, 12, 2), (128, 192, 512, 1088), 64, batch=4, side=128)),
+    _model("mobilenet_v2", "conv inference",
+        bench=vision_library.mobilenet_v2(batch=8, side=128)),
+    _model("efficientnet", "conv inference",
+        tiny=vision_library.efficientnet(
+            batch=2, side=32, in_channels=[32, 16], out_channels=[16, 24],
+            kernel_sizes=[3, 5], strides=[1, 2], num_block_repeats=[1, 1],
+            expand_ratios=[1, 4], depthwise_padding=[]),
+        bench=vision_library.efficientnet(batch=8, side=128)),
+    _model("convnext", "conv inference",
+        tiny=vision_library.convnext((1, 1), (8, 16), batch=2, side=32),
+        bench=vision_library.convnext((3, 3, 9, 3), (96, 192, 384, 768), batch=4, side=128)),
+    _model("detr", "conv transformer inference",
+        tiny=vision_library.detr((8, 16), 16, 2, queries=4, batch=2, side=32),
+        bench=vision_library.detr(
+            (256, 512, 1024, 2048), 256, 8, queries=100, batch=2, side=128)),
+    _model("vit_lora", "transformer inference",
+        tiny=vision_library.tuned_vit(
+            2, 64, 4, tuned="lora", batch=2, side=32, patch=8),
+        bench=vision_library.tuned_vit(
+            6, 192, 3, tuned="lora", batch=8, side=224, patch=16)),
+    _model("vit_probe", "transformer inference",
+        tiny=vision_library.tuned_vit(
+            2, 64, 4, tuned="head", batch=2, side=32, patch=8),
+        bench=vision_library.tuned_vit(
+            6, 192, 3, tuned="head", batch=8, side=224, patch=16)),
     _model("lm8", "transformer checkpoint inference",
         tiny=language.language_model(4, 64, 176, 256, 4, batch=2, length=64),
         bench=language.language_model(8, 256, 704, 2048, 4, batch=2, length=512)),
