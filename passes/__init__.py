@@ -29,6 +29,7 @@ from memopt.passes.overwrite_hidden_states import MarkHiddenStates, OverwriteHid
 from memopt.passes.overwrite_rotary import OverwriteRotary
 from memopt.passes.pack_masks import PackMasks
 from memopt.passes.pack_query_groups import PackQueryGroups
+from memopt.passes.prove_causal import ProveCausal
 from memopt.passes.remake_in_backward import RemakeInBackward
 from memopt.passes.tune_norms import TuneNorms
 from memopt.passes.unshare_readers import UnshareReaders
@@ -41,6 +42,7 @@ PRE_GRAD: tuple[Pass, ...] = (
     FuseRotary(),
     FuseNorms(),
     FuseGates(),
+    ProveCausal(),
     PackQueryGroups(),
 )
 JOINT: tuple[Pass, ...] = (

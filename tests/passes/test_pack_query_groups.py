@@ -141,16 +141,11 @@ def test_a_cache_of_any_length_will_do(length: int) -> None:
             torch.testing.assert_close(step(*args), by_getitem(*args))
 
 
-def causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    return F.scaled_dot_product_attention(q, repeat(k), repeat(v), is_causal=True)
-
-
 @pytest.mark.parametrize(
     ("form", "queries", "heads", "reason"),
     [
         (by_getitem, 3, 1, "3 queries"),
         (by_getitem, 1, QUERIES, "each head"),
-        (causal, 1, 1, "causal"),
     ],
 )
 def test_what_would_cost_a_mask_is_left_alone(

@@ -1,0 +1,186 @@
+"""Masks that are constants: what they say is said without them, with eager's numbers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import memopt
+from bench.zoo import MODELS
+from bench.zoo.hugging_face import llama
+from memopt.passes.prove_causal import ProveCausal
+from tests.training import gradients, train_step
+
+BATCH, QUERIES, HEADS, LENGTH, WIDTH = 2, 4, 2, 40, 16
+Mask = Callable[[int], Tensor]
+ON: dict[str, Any] = {"strict": True, "passes": {ProveCausal.name: True}}
+
+
+def by_tril(n: int) -> Tensor:
+    return torch.ones(n, n, dtype=torch.bool).tril()
+
+
+def by_positions(n: int) -> Tensor:
+    at = torch.arange(n)
+    return (at[None, :] <= at[:, None]).expand(BATCH, 1, n, n)
+
+
+def by_infinity(n: int) -> Tensor:
+    return torch.full((n, n), -torch.inf).triu(1)
+
+
+def by_least_number(n: int) -> Tensor:
+    shown = torch.arange(n)[None] <= torch.arange(n)[:, None]
+    return torch.zeros(n, n).masked_fill(~shown, torch.finfo(torch.float32).min)
+
+
+def by_buffer(n: int) -> Tensor:
+    mask = torch.zeros(n, n, dtype=torch.bool)
+    mask[torch.arange(n)[:, None] >= torch.arange(n)] = True
+    return mask
+
+
+def all_shown(n: int) -> Tensor:
+    return torch.arange(n)[None].expand(n, n) >= 0
+
+
+def window(n: int) -> Tensor:
+    at = torch.arange(n)
+    return by_tril(n) & (at[None] > at[:, None] - 8)
+
+
+def strictly(n: int) -> Tensor:
+    return by_tril(n).roll(1, 0)
+
+
+def less(n: int) -> Tensor:
+    """Hidden by a number that hides nothing for sure."""
+    return torch.full((n, n), -1e4).triu(1)
+
+
+def drawn(n: int) -> Tensor:
+    return torch.rand(n, n) < 2
+
+
+def attend(mask: Mask, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask(q.shape[2]).to(q.device))
+
+
+def grouped(mask: Mask, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (torch.repeat_interleave(x, QUERIES // HEADS, dim=1) for x in (k, v))
+    return attend(mask, q, k, v)
+
+
+def tensors(heads: int = QUERIES) -> list[Tensor]:
+    torch.manual_seed(0)
+    shapes = [(BATCH, h, LENGTH, WIDTH) for h in (QUERIES, heads, heads)]
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+def compiled(function: Any, **options: Any) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(function, backend="memopt", options={**ON, **options})
+
+
+def said(function: Any, *arguments: Any) -> list[str]:
+    report = memopt.explain(function, *arguments, options=ON)
+    remarks = [r for graph in report.graphs for r in graph.remarks]
+    return [r.text for r in remarks if r.pass_name == ProveCausal.name]
+
+
+def assert_eagers(function: Any, given: list[Tensor]) -> None:
+    expected, actual = function(*given), compiled(function)(*given)
+    torch.testing.assert_close(actual, expected)
+    wanted, mine = (torch.autograd.grad(y.square().sum(), given) for y in (expected, actual))
+    for one, other in zip(mine, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [by_tril, by_positions, by_infinity, by_least_number])
+@pytest.mark.parametrize("form", [attend, grouped])
+def test_a_causal_mask_goes(form: Any, mask: Mask) -> None:
+    given = tensors(HEADS if form is grouped else QUERIES)
+    assert_eagers(lambda *x: form(mask, *x), given)
+    assert said(lambda *x: form(mask, *x), *given) == ["its mask is causal: it goes"]
+
+
+def test_a_mask_that_hides_nothing_goes() -> None:
+    assert_eagers(lambda *x: attend(all_shown, *x), tensors())
+    assert said(lambda *x: attend(all_shown, *x), *tensors()) == ["its mask is whole: it goes"]
+
+
+@pytest.mark.parametrize("mask", [window, strictly, less, drawn, by_buffer])
+def test_other_masks_stay(mask: Mask) -> None:
+    given = tensors()
+    if mask is not strictly:  # of which a query sees nothing
+        assert_eagers(lambda *x: attend(mask, *x), given)
+    (text,) = said(lambda *x: attend(mask, *x), *given)
+    assert text.startswith("its mask stays")
+
+
+def test_an_input_is_no_constant() -> None:
+    padding = torch.ones(BATCH, 1, 1, LENGTH, dtype=torch.bool)
+
+    def padded(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=by_tril(LENGTH) & padding)
+
+    (text,) = said(padded, *tensors(), padding)
+    assert "no constant" in text
+
+
+def test_a_mask_for_fewer_queries_than_keys_stays() -> None:
+    q, k, v = tensors()
+
+    def later(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=by_tril(LENGTH)[-8:])
+
+    assert_eagers(later, [q[:, :, :8].detach().requires_grad_(), k, v])
+
+
+def test_sizes_that_are_not_numbers_are_left_alone() -> None:
+    step = torch.compile(
+        lambda *x: attend(by_positions, *x),
+        backend="memopt",
+        dynamic=True,
+        options={"strict": True},
+    )
+    for n in (LENGTH, LENGTH // 2):
+        given = [x[:, :, :n] for x in tensors()]
+        torch.testing.assert_close(step(*given), attend(by_positions, *given))
+
+
+def test_every_layer_of_a_compiled_model_is_told() -> None:
+    layers = 3
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        recipe = llama(layers, 512, 64, 128, 4, 2, batch=2, length=64)
+        model, inputs = recipe.build(), recipe.inputs(1)
+    arguments: dict[str, Any] = dict(inputs)
+    loss = train_step(model, model, inputs)
+    expected = gradients(model)
+    mine = train_step(compiled(model), model, inputs)
+    torch.testing.assert_close(mine, loss)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
+    held = []
+    for on in (True, False):
+        options: Any = {"passes": {"prove_causal": on}}
+        (graph,) = memopt.explain(model, options=options, **arguments).graphs
+        texts = [r.text for r in graph.remarks if r.pass_name == ProveCausal.name]
+        assert texts.count("its mask is causal: it goes") == (layers if on else 0)
+        held.append(graph.saved_bytes)
+    mask, repeated = 2 * 64 * 64, layers * 2 * (2 * 2 * 64 * 16 * 4)
+    assert held[1] - held[0] >= repeated, mask
+
+
+def test_padding_given_to_a_model_is_seen() -> None:
+    model, inputs = MODELS["llama"].make()
+    padding = torch.ones_like(inputs["input_ids"])
+    padding[0, :20] = 0
+    with torch.no_grad():
+        wanted = model(input_ids=inputs["input_ids"], attention_mask=padding).logits
+        mine = compiled(model)(input_ids=inputs["input_ids"], attention_mask=padding).logits
+    torch.testing.assert_close(mine[:, 20:], wanted[:, 20:], rtol=1e-4, atol=1e-5)
