@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from memopt.emit import same_shape, shape_of, traced
-from memopt.passes.heads import loosely, overwriter
+from memopt.passes.heads import loosely, overwriter, transformed
 from memopt.passes.steps import name_of
 
 ATTEND = F.scaled_dot_product_attention
@@ -34,13 +34,15 @@ class Attention:
         key: before its heads were repeated for groups of queries, where they were.
         value: the same.
         groups: how many heads of queries read one of keys; 1 where that is not known.
+        links: what repeats keys and values.
     """
 
     node: fx.Node
     arguments: Mapping[str, Any]
     key: fx.Node
     value: fx.Node
-    groups: int
+    groups: int = 1
+    links: tuple[fx.Node, ...] = ()
 
     @classmethod
     def of(cls, node: fx.Node) -> "Attention":
@@ -48,52 +50,70 @@ class Attention:
         arguments: dict[str, Any] = dict(_DEFAULTS)
         arguments.update(zip(_ARGUMENTS, node.args, strict=False))
         arguments.update(node.kwargs)
-        query, key, value = (arguments[name] for name in _ARGUMENTS[:3])
-        whole = cls(node, arguments, key, value, 1)
-        before = _before_repetition(key), _before_repetition(value)
-        if before[0] is not None and before[1] is not None:
-            key, value = before
-        elif before != (None, None) or not arguments["enable_gqa"]:
-            return whole
+        query, *given = (arguments[name] for name in _ARGUMENTS[:3])
+        whole = cls(node, arguments, *given)
+        paths = [_to_the_source(n) for n in given]
+        if not all(paths):
+            if any(paths) or not arguments["enable_gqa"]:
+                return whole
+            paths = [[n] for n in given]
+        key, value = (path[-1] for path in paths)
         if len(shape_of(query)) != 4:
             return whole
         heads = [shape_of(n)[HEADS] for n in (query, key, value)]
         if not all(isinstance(n, int) for n in heads) or heads[1] != heads[2]:
             return whole
-        return (
-            whole
-            if heads[0] % heads[1]
-            else cls(node, arguments, key, value, heads[0] // heads[1])
-        )
+        groups, rest = divmod(heads[0], heads[1])
+        links = tuple(link for path in paths for link in path[:-1])
+        return whole if rest else cls(node, arguments, key, value, groups, links)
 
-    @property
-    def overwriter(self) -> fx.Node | None:
-        """What overwrites keys or values after their heads were repeated, and before the call."""
-        copies = self.arguments["key"], self.arguments["value"]
-        return overwriter({self.key, self.value}, min(copies), self.node)
+    def reason_to_repeat(self) -> str:
+        """Why keys and values may not be read as they were before; empty where they may."""
+        query = self.arguments["query"]
+        tensors = (query, self.key, self.value, self.node)
+        if len({traced(n).dtype for n in tensors}) > 1:
+            return "queries, keys and values have several dtypes"
+        if not all(same_shape(shape_of(query)[:1], shape_of(n)[:1]) for n in tensors):
+            return "queries are of another batch"
+        for link in self.links:
+            if traced(self.key).requires_grad > traced(link).requires_grad:
+                return f"{link.name} stops the gradient"
+        first = min((*self.links, self.node))
+        if transformed(first, self.node):
+            return "a transform of functions is open"
+        writer = overwriter({self.key, self.value, *self.links}, first, self.node)
+        return f"{writer.name} overwrites them, or what they are copies of" if writer else ""
 
 
-def _before_repetition(node: fx.Node) -> fx.Node | None:
-    """Keys or values before each head was repeated for its group; None where none was."""
-    arguments = loosely(node.args)
-    if name_of(node) == "contiguous":
-        return _before_repetition(arguments[0])
+def _to_the_source(node: fx.Node) -> list[fx.Node]:
+    """From keys or values to what they were before each head was repeated; empty if they were not.
+
+    Each but the last is computed from the one behind it.
+    """
+    arguments, named = loosely(node.args), dict(node.kwargs)
     if name_of(node) == "repeat_interleave":
-        source = arguments[0]
-        dim = node.kwargs.get("dim", arguments[2] if len(arguments) > 2 else None)
-        return source if dim in (HEADS, HEADS - 4) and _repeats(source, node) else None
-    if name_of(node) not in ("reshape", "view", "flatten"):
-        return None
+        positional = dict(zip(("input", "repeats", "dim"), arguments, strict=False))
+        source, repeats, dim = ((positional | named).get(n) for n in ("input", "repeats", "dim"))
+        if not isinstance(source, fx.Node) or not isinstance(repeats, int):
+            return []
+        return [node, source] if dim in (HEADS, HEADS - 4) and _repeats(source, node) else []
+    if named or not arguments:
+        return []
+    if name_of(node) == "contiguous":
+        path = _to_the_source(arguments[0])
+        return path and [node, *path]
     expanded = arguments[0]
+    if name_of(node) not in ("reshape", "view", "flatten") or not isinstance(expanded, fx.Node):
+        return []
     if name_of(expanded) not in ("expand", "broadcast_to") or len(shape_of(expanded)) != 5:
-        return None
-    single = loosely(expanded.args)[0]
-    source = loosely(single.args)[0] if single.args else None
+        return []
+    single: Any = expanded.args[0] if expanded.args else None
+    source = single.args[0] if isinstance(single, fx.Node) and single.args else None
     if not isinstance(source, fx.Node) or not _adds_a_dimension(single):
-        return None
+        return []
     before, after = shape_of(source), shape_of(expanded)
-    kept = (*after[:2], *after[3:])
-    return source if same_shape(before, kept) and _repeats(source, node) else None
+    alike = same_shape(before, (*after[:2], *after[3:])) and _repeats(source, node)
+    return [node, expanded, single, source] if alike else []
 
 
 def _adds_a_dimension(node: fx.Node) -> bool:

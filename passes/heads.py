@@ -168,7 +168,7 @@ def unsafe(head: Head, last: fx.Node) -> str:
     inputs = [n for n in (head.hidden, head.weight, head.bias) if n is not None]
     if any(is_traceable_wrapper_subclass(traced(n)) for n in inputs):
         return "the head is distributed, or of another tensor subclass"
-    if _transformed(head.node, last):
+    if transformed(head.node, last):
         return "the head or its loss is inside a functorch transform"
     if writer := overwriter(inputs, head.node, last):
         return f"{writer.name} overwrites an input of the head before the loss"
@@ -185,7 +185,7 @@ def stops_gradient(node: fx.Node) -> bool:
     return trained and bool(traced(node).is_leaf)
 
 
-def _transformed(first: fx.Node, last: fx.Node) -> bool:
+def transformed(first: fx.Node, last: fx.Node) -> bool:
     """Whether a functorch transform is open at a node, or is opened between it and another."""
     depth = 0
     for node in first.graph.nodes:

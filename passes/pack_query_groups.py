@@ -63,8 +63,7 @@ def _reason_against(attention: Attention) -> str:
         return "its mask has rows"
     if mask is not None and len(shape_of(mask)) > 2 and shape_of(mask)[-3] != 1:
         return "its mask is one for each head"
-    writer = attention.overwriter
-    return f"{writer.name} overwrites what they are copies of" if writer else ""
+    return attention.reason_to_repeat()
 
 
 def _packed(graph: fx.Graph, attention: Attention) -> fx.Node:

@@ -16,6 +16,7 @@ are not numbers.
 Source: memopt's own.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,17 +25,16 @@ import torch
 from torch import Tensor, fx
 
 from memopt._torch import disable_modes
-from memopt.emit import emit, shape_of, traced
+from memopt.emit import shape_of, traced
 from memopt.graph import source_line
 from memopt.passes.attentions import ATTEND, Attention
-from memopt.passes.heads import overwriter
-from memopt.passes.steps import name_of
+from memopt.passes.heads import overwriter, transformed
 from memopt.pipeline import PassContext
 from memopt.remarks import RemarkKind
 
 _CPU = torch.device("cpu")
 _FLASH_WIDTH = 256  # heads that flash kernels take
-_RANDOM = ("rand", "dropout", "bernoulli", "normal", "uniform", "multinomial")
+_DEVICE = re.compile(r"(cuda|cpu|xpu|mps|mtia|hpu|privateuseone)(:\d+)?")
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,12 @@ class ProveCausal:
             mask = attention.arguments["attn_mask"]
             if not isinstance(mask, fx.Node) or attention.arguments["is_causal"]:
                 continue
-            if mask not in verdicts:
-                verdicts[mask] = self._verdict(graph, mask, node)
-            verdict = verdicts[mask]
+            cone = _cone(mask)
+            verdict = self._reason_against(cone, node)
+            if not verdict:
+                if mask not in verdicts:
+                    verdicts[mask] = _says(graph, cone, mask)
+                verdict = verdicts[mask]
             is_proven = verdict in ("causal", "whole")
             text = f"its mask is {verdict}: it goes" if is_proven else f"its mask stays: {verdict}"
             kind = RemarkKind.APPLIED if is_proven else RemarkKind.MISSED
@@ -74,23 +77,20 @@ class ProveCausal:
                 rewrites += 1
         return rewrites
 
-    def _verdict(self, graph: fx.Graph, mask: fx.Node, attention: fx.Node) -> str:
-        """``"causal"``, ``"whole"``, or why it is not known to be either."""
-        cone = _cone(mask)
+    def _reason_against(self, cone: set[fx.Node], attention: fx.Node) -> str:
+        """Why what a mask is made of is no constant, or not to be computed; or ``""``."""
         if given := next((n for n in cone if n.op not in ("call_function", "call_method")), None):
             return f"it is made of {given.name}, which is no constant"
-        if drawn := next((n for n in cone if any(r in name_of(n) for r in _RANDOM)), None):
-            return f"{drawn.name} is drawn at random"
         for node in cone:
             if any(not isinstance(n, int) for n in shape_of(node)):
                 return "its size is not a number"
             if shape_of(node) and traced(node).numel() > self.most:
                 return f"{node.name} has {traced(node).numel()} numbers"
-        if not cone or traced(mask) is None:
-            return "nothing is known of it"
-        if writer := overwriter(cone, min(cone), attention, besides=cone):
-            return f"{writer.name} writes to what it is made of"
-        return _says(_computed(graph, cone, mask))
+        first = min(cone)
+        if transformed(first, attention):
+            return "a transform of functions is open"
+        writer = overwriter(cone, first, attention, besides=cone)
+        return f"{writer.name} writes to what it is made of" if writer else ""
 
 
 def _cone(node: fx.Node) -> set[fx.Node]:
@@ -103,33 +103,49 @@ def _cone(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _computed(graph: fx.Graph, cone: set[fx.Node], mask: fx.Node) -> Tensor:
-    """A value that depends on no input, on the CPU; what nothing reads any more is let go."""
+def _says(graph: fx.Graph, cone: set[fx.Node], mask: fx.Node) -> str:
+    """What a mask shows: ``"causal"``, ``"whole"``, or why it is not known to be either."""
+    before = torch.get_rng_state()
+    try:
+        computed = _computed(graph, cone, mask)
+        if not torch.equal(torch.get_rng_state(), before):
+            return "it is drawn at random"
+    finally:
+        torch.set_rng_state(before)
+    return "it was not computed in its dtype" if computed is None else _shows(computed)
+
+
+def _computed(graph: fx.Graph, cone: set[fx.Node], mask: fx.Node) -> Tensor | None:
+    """A value that depends on no input, on the CPU; None where a dtype is not the traced one."""
     order = [node for node in graph.nodes if node in cone]
     last = {source: node for node in order for source in node.all_input_nodes}
     made: dict[fx.Node, Any] = {}
 
     def here(argument: Any) -> Any:
-        return _CPU if isinstance(argument, torch.device) else argument
+        is_name = isinstance(argument, str) and _DEVICE.fullmatch(argument)
+        return _CPU if is_name or isinstance(argument, torch.device) else argument
 
     with disable_modes(), torch.no_grad():
         for node in order:
             args, kwargs = fx.map_arg((node.args, node.kwargs), made.__getitem__)
             args, kwargs = fx.node.map_aggregate((args, kwargs), here)
             target: Callable[..., Any] | str = node.target
-            if isinstance(target, str):
+            if target == "cuda":
+                made[node] = args[0]
+            elif isinstance(target, str):
                 made[node] = getattr(args[0], target)(*args[1:], **kwargs)
             else:
                 made[node] = target(*args, **kwargs)
+            if getattr(made[node], "dtype", None) != getattr(traced(node), "dtype", None):
+                return None  # as under autocast
             for source in node.all_input_nodes:
                 if last[source] is node:
                     del made[source]
     result = made[mask]
-    assert isinstance(result, Tensor)
-    return result
+    return result if isinstance(result, Tensor) else None
 
 
-def _says(mask: Tensor) -> str:
+def _shows(mask: Tensor) -> str:
     """What a mask of ``(..., queries, keys)`` shows: where it is true, or adds zero."""
     if mask.dtype == torch.bool:
         shown, hidden = mask, ~mask
@@ -157,14 +173,16 @@ def _without_mask(graph: fx.Graph, attention: Attention, verdict: str) -> fx.Nod
         "scale": arguments["scale"],
         "enable_gqa": grouped,
     }
-    return emit(graph, ATTEND, (arguments["query"], key, value), options, like=attention.node)
+    made = graph.call_function(ATTEND, (arguments["query"], key, value), options)
+    made.meta.update(attention.node.meta)
+    return made
 
 
 def _reads_groups(attention: Attention) -> bool:
     """Whether kernels read one head of keys for several of queries; the rest expands them."""
     value = traced(attention.key)
     widths = {shape_of(n)[-1] for n in (attention.key, attention.value)}
-    if attention.overwriter is not None or len(widths) > 1:
+    if attention.reason_to_repeat() or len(widths) > 1:
         return False
     if value.device.type == "cpu":
         return True

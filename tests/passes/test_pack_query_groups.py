@@ -128,6 +128,82 @@ def test_writes_to_a_cache_are_done_and_seen(form: Any) -> None:
     assert ("overwrites" in text) == (form is overwritten)
 
 
+def written_to_copies(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keys, values = repeat(k), repeat(v)
+    keys[:, :, 0] = 0
+    values.mul_(2)
+    return F.scaled_dot_product_attention(q, keys, values)
+
+
+def copied_before(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keys, values = repeat(k), repeat(v)
+    k.mul_(2)
+    return F.scaled_dot_product_attention(q, keys.contiguous(), values.contiguous())
+
+
+def unevenly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    counts = torch.tensor([3, 5])
+    k, v = (x.repeat_interleave(counts, 1, output_size=QUERIES) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def tiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k.repeat(1, GROUPS, 1, 1), v.repeat(1, GROUPS, 1, 1))
+
+
+def without_gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        keys, values = repeat(k), repeat(v)
+    return F.scaled_dot_product_attention(q, keys, values)
+
+
+def under_autocast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return F.scaled_dot_product_attention(q.bfloat16(), repeat(k), repeat(v)).float()
+
+
+def named(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (torch.repeat_interleave(input=x, repeats=GROUPS, dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(query=q, key=k, value=v)
+
+
+def of_one_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q[:1], repeat(k), repeat(v))
+
+
+def mapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    one = lambda q, k, v: by_getitem(q[None], k[None], v[None], None)[0]  # noqa: E731
+    return torch.vmap(one)(q, k, v)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap, in eager
+@pytest.mark.parametrize(
+    "form",
+    [
+        written_to_copies,
+        copied_before,
+        unevenly,
+        tiled,
+        without_gradient,
+        under_autocast,
+        named,
+        of_one_query,
+        mapped,
+    ],
+)
+def test_what_only_looks_like_groups_has_eagers_numbers(form: Any) -> None:
+    def run(function: Any) -> list[Tensor | None]:
+        leaves = [x.requires_grad_() for x in tensors()]
+        y = function(*(x * 1 for x in leaves))
+        y.square().sum().backward()
+        return [y.detach(), *(x.grad for x in leaves)]
+
+    for one, other in zip(run(compiled(form)), run(form), strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("length", [96, 200])
 def test_a_cache_of_any_length_will_do(length: int) -> None:
     q, k, v = tensors()

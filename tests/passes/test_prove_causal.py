@@ -65,6 +65,10 @@ def drawn(n: int) -> Tensor:
     return torch.rand(n, n) < 2
 
 
+def drawn_in_place(n: int) -> Tensor:
+    return torch.empty(n, n).exponential_() >= 0
+
+
 def attend(mask: Mask, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask(q.shape[2]).to(q.device))
 
@@ -112,13 +116,46 @@ def test_a_mask_that_hides_nothing_goes() -> None:
     assert said(lambda *x: attend(all_shown, *x), *tensors()) == ["its mask is whole: it goes"]
 
 
-@pytest.mark.parametrize("mask", [window, strictly, less, drawn, by_buffer])
+@pytest.mark.parametrize("mask", [window, strictly, less, drawn, drawn_in_place, by_buffer])
 def test_other_masks_stay(mask: Mask) -> None:
     given = tensors()
     if mask is not strictly:  # of which a query sees nothing
         assert_eagers(lambda *x: attend(mask, *x), given)
     (text,) = said(lambda *x: attend(mask, *x), *given)
     assert text.startswith("its mask stays")
+
+
+def test_a_mask_that_is_overwritten_between_two_layers_is_read_twice() -> None:
+    def twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = by_tril(LENGTH)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        mask[:, :5] = True
+        return y + F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    assert_eagers(twice, tensors())
+    first, second = said(twice, *tensors())
+    assert "causal" in first
+    assert "writes to" in second
+
+
+def test_a_mask_is_computed_in_its_own_dtype() -> None:
+    def rounded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            at = (torch.arange(300.0)[:, None] @ torch.ones(1, 1)).float()
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=at >= at.T)
+
+    given = [torch.randn(1, 1, 300, 8) for _ in range(3)]
+    torch.testing.assert_close(compiled(rounded)(*given), rounded(*given))
+
+
+def test_compiling_draws_no_numbers() -> None:
+    states = []
+    for on in (True, False):
+        torch.manual_seed(0)
+        passes = {ProveCausal.name: on}
+        compiled(lambda *x: attend(drawn, *x), passes=passes)(*tensors())
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
 
 
 def test_an_input_is_no_constant() -> None:
