@@ -38,6 +38,7 @@ def remarks(name: str, size: str) -> tuple[list[str], list[str], int]:
 def test_every_norm_behind_a_convolution_is_tuned(name: str, size: str) -> None:
     tuned, left, norms = remarks(name, size)
     assert len(tuned) + len(left) == norms
+    assert len(tuned) > 3 * len(left)
     assert all("its weight has" in text for text in left)  # a weight larger than the map
 
 
