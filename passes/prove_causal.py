@@ -6,7 +6,7 @@ computed while compiling. If it is causal, or hides nothing, attention is told s
 goes; heads of keys and values that were repeated for groups of queries are then read as they are,
 where the kernels of the device do that.
 
-Runs where the options name it. Pays: always. The mask is not held, half of the products are not
+Pays: always. The mask is not held, half of the products are not
 computed, kernels without a mask are free to run, and keys and values are held once for a group.
 Exact up to the order of sums.
 
@@ -51,8 +51,6 @@ class ProveCausal:
     most: int = 2**29
 
     def __call__(self, graph: fx.Graph, ctx: PassContext) -> int:
-        if not ctx.config.enabled(self.name, default=False):
-            return 0
         rewrites = 0
         verdicts: dict[fx.Node, str] = {}
         for node in graph.find_nodes(op="call_function", target=ATTEND):

@@ -16,7 +16,7 @@ from tests.training import gradients, train_step
 
 BATCH, QUERIES, HEADS, LENGTH, WIDTH = 2, 4, 2, 40, 16
 Mask = Callable[[int], Tensor]
-ON: dict[str, Any] = {"strict": True, "passes": {ProveCausal.name: True}}
+STRICT: dict[str, Any] = {"strict": True}
 
 
 def by_tril(n: int) -> Tensor:
@@ -86,11 +86,11 @@ def tensors(heads: int = QUERIES) -> list[Tensor]:
 
 def compiled(function: Any, **options: Any) -> Any:
     torch._dynamo.reset()
-    return torch.compile(function, backend="memopt", options={**ON, **options})
+    return torch.compile(function, backend="memopt", options={**STRICT, **options})
 
 
 def said(function: Any, *arguments: Any) -> list[str]:
-    report = memopt.explain(function, *arguments, options=ON)
+    report = memopt.explain(function, *arguments, options=STRICT)
     remarks = [r for graph in report.graphs for r in graph.remarks]
     return [r.text for r in remarks if r.pass_name == ProveCausal.name]
 
