@@ -40,7 +40,7 @@ class Case:
         return "dropout" in MODELS[self.model].tags
 
 
-_INFERENCE = ("eager", "inductor", "memopt", "memopt min")
+_DECODERS = ("eager", "eager+tiles", "inductor", "memopt", "memopt min")
 
 _HEADLINE = (
     Case(name="lm8", model="lm8", peers=ALL),
@@ -53,7 +53,7 @@ _HEADLINE = (
     Case(name="llama_head_bf16", model="llama_head", peers=HEADS, dtype="bfloat16"),
     Case(name="llama_head_small", model="llama_head", size="small", peers=HEADS),
     Case(name="clip_head", model="clip_head", peers=QUICK),
-    Case(name="vae_decoder_forward", model="vae_decoder", peers=_INFERENCE, trains=False),
+    Case(name="vae_decoder_forward", model="vae_decoder", peers=_DECODERS, trains=False),
     Case(name="resnet50_frozen_norm", model="resnet50_frozen_norm", peers=NORMS),
 )
 _TABLE = (

@@ -37,6 +37,7 @@ class Peer:
         memory_budget: memopt's option of that name; a `PeakOf` is turned into bytes.
         auto_chunker: whether Inductor's own chunking of losses is on.
         folded_norms: whether Inductor's own rewrite of convolutions with norms in eval mode is.
+        tile: side of the squares of latents that a decoder of images decodes one at a time.
         library: whose linear layer and cross-entropy in one are the head and loss, if any.
     """
 
@@ -48,6 +49,7 @@ class Peer:
     memory_budget: Budget = None
     auto_chunker: bool = False
     folded_norms: bool = False
+    tile: int | None = None
     library: str | None = None
 
     @property
@@ -68,6 +70,10 @@ class Peer:
             words.append("Inductor's own chunking of losses on")
         if self.folded_norms:
             words.append("`torch._inductor.config.efficient_conv_bn_eval_fx_passes`")
+        if self.tile is not None:
+            words.append(
+                f"squares of {self.tile} latents, as `enable_tiling` of diffusers has them"
+            )
         if self.library is not None:
             words.append(f"head and loss in one from {LIBRARIES[self.library].distribution}")
         return ", ".join(words)
@@ -99,6 +105,7 @@ PEERS: Mapping[str, Peer] = {
     for peer in (
         Peer(name="eager", compiler="eager"),
         Peer(name="eager+checkpoint", compiler="eager", checkpoint=True),
+        Peer(name="eager+tiles", compiler="eager", tile=16),
         Peer(name="inductor", compiler="inductor"),
         Peer(name="inductor+checkpoint", compiler="inductor", checkpoint=True),
         Peer(name="inductor 0.5", compiler="inductor", activation_budget=0.5),

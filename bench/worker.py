@@ -24,6 +24,7 @@ from bench.meter import Meter
 from bench.offloading import Offloaded, offload_in_inductor
 from bench.peers import Peer
 from bench.zoo import MODELS, FusedHead, LossOnly, checkpoint_blocks, loss_of, step
+from bench.zoo.decoders import LatentDecoder
 
 Gradients = dict[str, Tensor]
 
@@ -77,6 +78,10 @@ def compile_for(
     """The module as this peer runs it."""
     if peer.checkpoint:
         checkpoint_blocks(module.model if isinstance(module, LossOnly) else module)
+    if peer.tile is not None:
+        if not isinstance(module, LatentDecoder):
+            raise ValueError(f"{type(module).__name__} decodes no latents")
+        module.tile = peer.tile
     if peer.activation_budget is not None:
         torch._functorch.config.activation_memory_budget = peer.activation_budget
     if peer.compiler == "eager":

@@ -8,7 +8,8 @@ twice. Results are written where they belong, over the rows of an input that die
 
 Runs under a budget that nothing else fits, and for the lowest peak, on graphs without a backward.
 Pays: bytes of maps, at a peak among them. Does not: in time, by smaller convolutions and copies.
-Exact: each number is computed as before.
+Exact: each number is computed as before; products of matrices and attention, where the libraries
+that compute them sum in the same order for fewer rows.
 
 Sources: layers computed tile by tile are of fused-layer CNN accelerators: Alwani et al. (2016),
 doi:10.1109/MICRO.2016.7783725; by patches in software, of MCUNetV2: Lin et al. (2021),
@@ -29,11 +30,13 @@ from memopt.graph import aten, is_collective, is_mutating, is_random, is_view
 from memopt.kernels.map_rows import PUT, PUT_IN_PLACE, TAKE, TAKE_BEHIND
 from memopt.passes.joint_nodes import call
 from memopt.passes.map_levels import assign_levels, waist
+from memopt.passes.map_reads import Read, Rows, Rule, bytes_of, narrowed, rows_in
 from memopt.passes.map_room import Room
-from memopt.passes.map_rules import Read, Rows, Rule, bytes_of, narrowed, rows_in, rule_of
+from memopt.passes.map_rules import rule_of
 
 _WIDE = 0.25  # of the widest value that is cut: no region with one stays whole
 _LEAST = 2  # pieces of a region that is cut
+_MOST_NODES = 8192  # of all regions: what takes minutes to compile
 _NEAR = 0.9  # of the peak: what comes this near is lowered with it
 _DIMENSIONS = (0, 2, 3, 4)  # images of a batch first, then rows, then columns
 
@@ -60,7 +63,12 @@ class CutMaps:
         bound = _NEAR * peak if limit is None else limit
         high = {name for name, nbytes in alive.items() if nbytes > bound}
         more = {name: min(self.most, 2 * trial.pieces.get(name, _LEAST)) for name in high}
-        return {**trial.pieces, **more}
+        pieces = {**trial.pieces, **more}
+        nodes = sum(
+            len(own) * pieces.get(name, 1) // trial.pieces.get(name, 1)
+            for name, own in trial.regions.items()
+        )
+        return pieces if nodes <= _MOST_NODES else {}
 
     def __call__(self, graph: fx.Graph, pieces: Mapping[str, int]) -> Regions:
         """Cut some regions.
@@ -357,8 +365,7 @@ class _Cut:
                 rows = self._computed(node, span, made)
                 if node in self.region.outputs:
                     first, dim = written[node], self.dims[node]
-                    fresh = narrowed(self.graph, rows, dim, first, span.end)
-                    self.room.put(node, Rows(fresh, first, span.end))
+                    self.room.put(node, narrowed(self.graph, rows, dim, first, span.end))
                 made[node] = rows if before is None else self._joined(node, before, rows)
         return made
 
@@ -372,13 +379,13 @@ class _Cut:
 
     def _computed(self, node: fx.Node, span: _Span, made: Mapping[fx.Node, Rows]) -> Rows:
         rule = self.region.rules[node]
-        wholes = [n for n in node.all_input_nodes if n not in self.dims]
+        by_rows = {read.source for read in rule.reads}
+        wholes = [n for n in node.all_input_nodes if n not in by_rows]
         given = {n: Rows(self.room.current(n), 0, 0) for n in wholes}
         for read in rule.reads:
             first, last = read.window(span.start, span.end)
             first, last = max(0, first), min(last, rows_in(read.source, read.dim))
-            part = narrowed(self.graph, made[read.source], read.dim, first, last)
-            given[read.source] = Rows(part, first, last)
+            given[read.source] = narrowed(self.graph, made[read.source], read.dim, first, last)
         rows = rule.make(self.graph, Rows(node, span.start, span.end), given)
         return Rows(rows, span.start, span.end)
 

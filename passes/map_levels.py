@@ -3,11 +3,12 @@
 All that is computed by rows at a level can be computed together, piece by piece.
 """
 
+import operator
 from collections.abc import Collection, Mapping
 
 from torch import fx
 
-from memopt.passes.map_rules import Rule, bytes_of
+from memopt.passes.map_reads import Rule, bytes_of
 
 
 def assign_levels(
@@ -29,7 +30,9 @@ def assign_levels(
     latest = _latest(rules, whole, level)
     first = dict(level)
     for node in rules:
-        choices = range(_earliest(node, rules, whole, level), latest[node] + 1)
+        earliest = _earliest(node, rules, whole, level)
+        is_part = node.target is operator.getitem  # of several results: where they are made
+        choices = range(earliest, (earliest if is_part else latest[node]) + 1)
         cost = {at: _held_bytes(node, at, choices, rules, level, first) for at in choices}
         level[node] = min(choices, key=cost.__getitem__)
     for node in graph.nodes:

@@ -15,10 +15,11 @@ from memopt._torch import pytree
 from memopt.graph import IN_PLACE, aten, is_view
 from memopt.kernels.map_rows import PUT
 from memopt.passes.joint_nodes import call
-from memopt.passes.map_rules import REDUCTIONS, VIEWS, Rows
+from memopt.passes.map_reads import Rows, Rule
+from memopt.passes.map_rules import REDUCTIONS, VIEWS
 
 _CHANNELS = 1  # the dimension
-_ANY_LAYOUT = (*REDUCTIONS, aten.var_mean.correction, aten.var.correction, aten.reshape.default)
+_ANY_LAYOUT = (*REDUCTIONS, aten.reshape.default)
 
 
 @dataclass
@@ -74,7 +75,7 @@ class Room:
         self,
         node: fx.Node,
         dims: Mapping[fx.Node, int],
-        members: Collection[fx.Node],
+        members: Mapping[fx.Node, Rule],
         ends: Iterable[Mapping[fx.Node, int]],
     ) -> None:
         """Find a place for a result.
@@ -82,7 +83,7 @@ class Room:
         Args:
             node: the result.
             dims: the dimension of the rows of every value of its region.
-            members: what the region computes.
+            members: what the region computes, and how.
             ends: for each piece the row before which it ends, of every value of the region.
         """
         at = self.level[node]
@@ -94,8 +95,8 @@ class Room:
         def is_in_the_way(other: fx.Node) -> bool:
             if other in members or not self._is_done(other, at, members):
                 return True
-            if other not in dims and any(user in members for user in other.users):
-                return True  # whole
+            if any(_is_whole(other, members[user]) for user in other.users if user in members):
+                return True
             return other in dims and any(e[node] > e[other] for e in ends)
 
         width = _width(node)
@@ -173,6 +174,11 @@ class Room:
         made = node.graph.call_function(aten.empty_strided.default, shape, kwargs)
         made.meta.update(node.meta, val=empty)
         return made
+
+
+def _is_whole(node: fx.Node, rule: Rule) -> bool:
+    """Whether a rule of one that reads a node needs all of it."""
+    return all(read.source is not node for read in rule.reads)
 
 
 def _is_own(node: fx.Node) -> bool:

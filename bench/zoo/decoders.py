@@ -1,6 +1,6 @@
 """The decoder of a variational autoencoder, as latent diffusion has it, in plain PyTorch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -55,11 +55,61 @@ class Stage(nn.Sequential):
             self.append(nn.Conv2d(width, width, 3, padding=1))
 
 
+def decode_by_tiles(decode: Callable[[Tensor], Tensor], latents: Tensor, side: int) -> Tensor:
+    """Images of squares that overlap by a quarter, each decoded alone, blended where they do.
+
+    Norms and attention see one square each, so the numbers are not those of the whole image.
+
+    Source: the way of `enable_tiling` of diffusers' `AutoencoderKL`.
+
+    Args:
+        decode: `(batch, channels, side, side)` to images.
+        latents: `(batch, channels, height, width)`.
+        side: of a square.
+    """
+    overlap = side // 4
+    rows = []
+    above: list[Tensor] = []
+    for top in range(0, latents.shape[2] - overlap, side - overlap):
+        row: list[Tensor] = []
+        for left in range(0, latents.shape[3] - overlap, side - overlap):
+            tile = decode(latents[:, :, top : top + side, left : left + side])
+            scale = tile.shape[3] // min(side, latents.shape[3] - left)
+            if above:
+                tile = _blended(above[len(row)], tile, overlap * scale, 2)
+            row.append(_blended(row[-1], tile, overlap * scale, 3) if row else tile)
+        rows.append(_joined(row, overlap * scale, 3))
+        above = row
+    return _joined(rows, overlap * scale, 2)
+
+
+def _blended(before: Tensor, tile: Tensor, extent: int, dim: int) -> Tensor:
+    """A tile whose first rows go over from the last ones of another tile to its own."""
+    shape = [1] * tile.dim()
+    shape[dim] = extent
+    share = (torch.arange(extent, device=tile.device, dtype=tile.dtype) / extent).reshape(shape)
+    end = before.narrow(dim, before.shape[dim] - extent, extent)
+    own = tile.narrow(dim, 0, extent)
+    rest = tile.narrow(dim, extent, tile.shape[dim] - extent)
+    return torch.cat([torch.lerp(end, own, share), rest], dim)
+
+
+def _joined(tiles: Sequence[Tensor], extent: int, dim: int) -> Tensor:
+    """Tiles side by side, of each but the last what the next one does not have too."""
+    whole = [tile.narrow(dim, 0, tile.shape[dim] - extent) for tile in tiles[:-1]]
+    return torch.cat([*whole, tiles[-1]], dim)
+
+
 class LatentDecoder(BlockModel):
     """Latents to images: widths `(128, 256, 512, 512)` with 32 groups are Stable Diffusion's.
 
     Source: the shape is that of `AutoencoderKL` of diffusers; Rombach et al., arXiv:2112.10752.
+
+    Attributes:
+        tile: side of the squares of latents that are decoded alone; None for all at once.
     """
+
+    tile: int | None = None
 
     def __init__(self, widths: Sequence[int], depth: int, groups: int) -> None:
         super().__init__()
@@ -79,11 +129,19 @@ class LatentDecoder(BlockModel):
         self.norm = nn.GroupNorm(groups, widths[0], eps=1e-6)
         self.leave = nn.Conv2d(widths[0], 3, 3, padding=1)
 
-    def forward(self, latents: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images."""
         x = self.run_block(self.middle, self.enter(latents))
         for stage in self.stages:
             x = self.run_block(stage, x)
-        images = self.leave(F.silu(self.norm(x)))
+        images: Tensor = self.leave(F.silu(self.norm(x)))
+        return images
+
+    def forward(self, latents: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if self.tile is None:
+            images = self.decode(latents)
+        else:
+            images = decode_by_tiles(self.decode, latents, self.tile)
         return F.mse_loss(images, targets), images
 
 

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch import Tensor
 
 from bench.zoo import MODELS, LossOnly, checkpoint_blocks, loss_of, step
+from bench.zoo.decoders import LatentDecoder, decode_by_tiles
 
 TINY = [name for name, model in MODELS.items() if "tiny" in model.sizes]
 
@@ -67,3 +69,25 @@ def test_table_a_and_b_have_the_parameters_of_their_tables() -> None:
     }
     assert round(mib["llama_a"]) == 173
     assert round(mib["llama_b"]) == 28
+
+
+@pytest.mark.parametrize("height", [16, 24, 29, 40])
+def test_tiles_of_what_needs_no_neighbours_are_the_whole(height: int) -> None:
+    latents = torch.randn(2, 3, height, 21)
+
+    def enlarged(x: Tensor) -> Tensor:
+        return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    tiled = decode_by_tiles(enlarged, latents, 16)
+    torch.testing.assert_close(tiled, enlarged(latents))
+
+
+def test_a_decoder_by_tiles_gives_other_numbers() -> None:
+    decoder, inputs = MODELS["vae_decoder"].make()
+    assert isinstance(decoder, LatentDecoder)
+    with torch.no_grad():
+        whole = decoder(**inputs)[1]
+        decoder.tile = 4
+        tiled = decoder(**inputs)[1]
+    assert tiled.shape == whole.shape
+    assert not torch.allclose(tiled, whole)

@@ -248,6 +248,8 @@ class Drawn(nn.Module):
             lambda x: F.interpolate(x, scale_factor=2.0) if x.shape[2] < 60 else x,
             lambda x: F.max_pool2d(x, 3, 2, 1) if x.shape[2] > 20 else x,
             lambda x: x - x.amax((2, 3), keepdim=True),
+            lambda x: torch.cat([*x.reshape(1, 2, 2, *x.shape[2:]).unbind(2)], 1),
+            lambda x: x.permute(0, 2, 3, 1).matmul(torch.ones(4, 4)).permute(0, 3, 1, 2),
             lambda x: F.pad(x, (1, 1, 2, 2), mode="reflect"),
             lambda x: x.transpose(2, 3).contiguous().transpose(2, 3) * 2,
         ]

@@ -1,0 +1,204 @@
+"""What is between convolutions is computed by rows with them: products, norms, attention."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from bench.zoo.speech import chunk_encoder
+from memopt.graph import aten
+from tests.passes.test_cut_maps import cut, traced, whole_numbers
+
+ROWS, PIECES = 64, 8
+IMAGE = torch.empty(1, 3, ROWS, 12)
+SOUND = torch.empty(1, 8, 2 * ROWS)
+Form = Callable[[Tensor], Any]
+
+
+class Between(nn.Module):
+    """Two convolutions and what is between them."""
+
+    def __init__(self, form: Form) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.form = form
+
+    def forward(self, x: Tensor) -> Any:
+        return self.two(self.form(self.one(x)))
+
+
+def linear(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    weight = torch.arange(16.0).reshape(4, 4) % 5 - 2
+    return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+
+
+def pairs(x: Tensor) -> Tensor:
+    return x.reshape(len(x), 2, 2, *x.shape[2:])
+
+
+FORMS: dict[str, Form] = {
+    "product": linear,
+    "product and bias": lambda x: linear(x, torch.arange(4.0)),
+    "products": lambda x: torch.bmm(x[0], torch.ones(4, 12, 12)).unsqueeze(0),
+    "products and more": lambda x: torch.baddbmm(
+        torch.ones(4, 1, 12), x.squeeze(0), torch.ones(4, 12, 12)
+    ).unsqueeze(0),
+    "unbind": lambda x: torch.cat([*reversed(pairs(x).unbind(2))], 1),
+    "select": lambda x: torch.cat([pairs(x).select(1, 1), pairs(x).select(2, 1)], 1),
+    "split": lambda x: torch.cat([*reversed(torch.split(x, [1, 3], 1))], 1),
+    "slice": lambda x: torch.cat([x[:, 2:], x[:, :2]], 1),
+    "expand": lambda x: x[:, :1] + torch.cat([x[:, 1:2].expand(1, 2, ROWS, 12)] * 2, 1),
+    "columns": lambda x: x[..., 1:-1:2],
+}
+ROUNDED: dict[str, Form] = {
+    "norm": lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (4,)).permute(0, 3, 1, 2),
+    "norm of rows": lambda x: F.layer_norm(x.transpose(1, 2), (4, 12)).transpose(1, 2),
+    "gate": lambda x: torch.cat([F.glu(x, 1), F.glu(-x, 1)], 1),
+    "softmax": lambda x: torch.softmax(x, 3),
+}
+
+
+def largest(gm: fx.GraphModule) -> int:
+    """Numbers of the largest value of a graph that is no input, and no map of a result."""
+    maps = aten.empty_strided.default
+    values = [
+        n.meta["val"] for n in gm.graph.nodes if n.op == "call_function" and n.target != maps
+    ]
+    return max(value.numel() for value in values if isinstance(value, Tensor))
+
+
+@pytest.mark.parametrize("form", [*FORMS, *ROUNDED])
+def test_a_stretch_is_cut_as_one(form: str) -> None:
+    module, x = whole_numbers(Between({**FORMS, **ROUNDED}[form]), IMAGE)
+    gm, run = traced(module, x)
+    expected, before = run(x), largest(gm)
+    assert cut(gm, PIECES) == 1
+    gm.graph.eliminate_dead_code()
+    assert largest(gm) <= before // 2
+    if form in FORMS:
+        assert torch.equal(run(x), expected)
+    else:
+        torch.testing.assert_close(run(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x: F.linear(x.flatten(2), torch.ones(ROWS * 12, ROWS * 12)).reshape(x.shape),
+        lambda x: torch.bmm(torch.ones(4, ROWS, ROWS), x[0]).unsqueeze(0),
+        lambda x: torch.bmm(x[0], x[0].transpose(1, 2))[:, :, :12].unsqueeze(0),
+        lambda x: x.unbind(2)[0].unsqueeze(2).expand(1, 4, ROWS, 12),
+        lambda x: x[:, :, ::2],
+        lambda x: F.glu(x, 2),
+        lambda x: F.layer_norm(x, (ROWS, 12)),
+        lambda x: torch.addmm(x[0, 0], x[0, 1], torch.ones(12, 12)).expand(1, 4, ROWS, 12),
+    ],
+    ids="all second itself unbind slice gate norm addend".split(),
+)
+def test_what_needs_other_rows_has_them(form: Form) -> None:
+    module, x = whole_numbers(Between(form), IMAGE)
+    gm, run = traced(module, x)
+    expected = run(x)
+    cut(gm, PIECES)
+    torch.testing.assert_close(run(x), expected, rtol=1e-5, atol=1e-5)
+
+
+class Attending(nn.Module):
+    """Attention between convolutions of sound."""
+
+    def __init__(self, mask: Callable[[], Tensor] | None, is_causal: bool = False) -> None:
+        super().__init__()
+        self.enter = nn.Conv1d(8, 24, 3, 2, padding=1)
+        self.leave = nn.Conv1d(8, 8, 3, padding=1)
+        self.mask, self.is_causal = mask, is_causal
+
+    def forward(self, x: Tensor) -> Any:
+        dense = self.enter(x).transpose(1, 2).contiguous()
+        triple = dense.reshape(len(x), ROWS, 3, 2, 4)
+        q, k, v = triple.permute(2, 0, 3, 1, 4)
+        mask = self.mask() if self.mask else None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.is_causal)
+        return self.leave(y.transpose(1, 2).flatten(2).transpose(1, 2))
+
+
+def apart() -> Tensor:
+    at = torch.arange(ROWS)
+    return at[:, None] - at
+
+
+MASKS: dict[str, tuple[Callable[[], Tensor] | None, bool]] = {
+    "band": (lambda: apart().abs() < 4, True),
+    "chunks": (
+        lambda: apart()[::8, ::8].repeat_interleave(8, 0).repeat_interleave(8, 1) == 0,
+        True,
+    ),
+    "biases": (lambda: torch.where(apart().abs() < 4, apart() * 0.1, -torch.inf), True),
+    "of heads": (lambda: (apart().abs() < 4).expand(1, 2, ROWS, ROWS), True),
+    "a head each": (
+        lambda: torch.stack([apart().abs() < 4, apart().abs() < 8])[None],
+        False,
+    ),
+    "causal": (lambda: apart() >= 0, False),
+    "a wide band": (lambda: apart().abs() < 24, False),
+    "nothing to see": (lambda: (apart().abs() < 4) & (apart() + torch.arange(ROWS) != 9), False),
+    "none": (None, False),
+}
+
+
+def whole_keys(gm: fx.GraphModule) -> bool:
+    """Whether an attention reads every key."""
+    target = aten._scaled_dot_product_flash_attention_for_cpu.default
+    calls = gm.graph.find_nodes(op="call_function", target=target)
+    lengths = {(c.args[0].meta["val"].shape[2], c.args[1].meta["val"].shape[2]) for c in calls}
+    assert all(queries <= ROWS // 2 for queries, _ in lengths)
+    assert lengths
+    return any(keys == ROWS for _, keys in lengths)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_attention_goes_by_rows(name: str) -> None:
+    mask, is_narrow = MASKS[name]
+    torch.manual_seed(0)
+    module, x = Attending(mask).eval(), torch.randn(SOUND.shape)
+    gm, run = traced(module, x)
+    expected = run(x)
+    assert cut(gm, PIECES)
+    assert whole_keys(gm) != is_narrow
+    torch.testing.assert_close(run(x), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_attention_that_needs_all_is_left_whole() -> None:
+    torch.manual_seed(0)
+    module, x = Attending(None, is_causal=True).eval(), torch.randn(SOUND.shape)
+    gm, run = traced(module, x)
+    expected = run(x)
+    cut(gm, PIECES)
+    torch.testing.assert_close(run(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_of_a_batch_goes_by_its_entries() -> None:
+    torch.manual_seed(0)
+    module, x = Attending(lambda: apart() >= 0).eval(), torch.randn(ROWS, 8, 2 * ROWS)
+    gm, run = traced(module, x)
+    expected = run(x)
+    assert cut(gm, PIECES) == 1
+    torch.testing.assert_close(run(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pieces", [2, 4, 16])
+def test_an_encoder_of_chunks_runs_as_a_stream(pieces: int) -> None:
+    positions, width = 256, 16
+    recipe = chunk_encoder(10, width, 2, 3, positions=positions)
+    torch.manual_seed(0)
+    module, x = recipe.build().eval(), recipe.inputs(1)["sound"]
+    exact = module.double()(x.double()).detach()
+    gm, run = traced(module.float(), x)
+    whole = run(x)
+    assert cut(gm, pieces) == 1  # no value is there whole
+    gm.graph.eliminate_dead_code()
+    if pieces == 16:
+        assert largest(gm) < positions * width
+    assert (run(x) - exact).abs().max() <= 2 * (whole - exact).abs().max()
