@@ -160,7 +160,8 @@ def _of_one(node: fx.Node, dims: Mapping[fx.Node, int]) -> Rule | None:
     gone = _named_dim(node)
     if gone == dim:
         return None
-    return Rule(dim - (gone < dim), (Read(source, dim, same),), again(node))
+    less = source.meta["val"].dim() - len(shape_of(node) or ())  # none, where it is not of one
+    return Rule(dim - less * (gone < dim), (Read(source, dim, same),), again(node))
 
 
 def _of_dimension(node: fx.Node, dims: Mapping[fx.Node, int]) -> Rule:
@@ -203,7 +204,7 @@ def _of_product(node: fx.Node, dims: Mapping[fx.Node, int]) -> Rule | None:
     if node.target is aten.bmm.default and batch == [0, 0] and first is not second:
         reads = Read(first, 0, same), Read(second, 0, same)
         return Rule(0, reads, again(node), is_costly=True)
-    if dims.get(first) != dim or second in dims or any(a in dims for a in addend):
+    if dims.get(first) != dim or first is second or any(a in dims for a in addend):
         return None
     if any(_rows_from_right(a) != 1 for a in addend):
         return None

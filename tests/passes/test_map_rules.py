@@ -51,6 +51,7 @@ FORMS: dict[str, Form] = {
     "split": lambda x: torch.cat([*reversed(torch.split(x, [1, 3], 1))], 1),
     "slice": lambda x: torch.cat([x[:, 2:], x[:, :2]], 1),
     "expand": lambda x: x[:, :1] + torch.cat([x[:, 1:2].expand(1, 2, ROWS, 12)] * 2, 1),
+    "squeeze": lambda x: torch.squeeze(x.unsqueeze(2), 2) + torch.squeeze(x, 1),
     "columns": lambda x: x[..., 1:-1:2],
 }
 ROUNDED: dict[str, Form] = {
@@ -82,6 +83,21 @@ def test_a_stretch_is_cut_as_one(form: str) -> None:
         assert torch.equal(run(x), expected)
     else:
         torch.testing.assert_close(run(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_in_steps_goes_by_rows_of_queries() -> None:
+    def attention(x: Tensor) -> Tensor:
+        shares = torch.softmax(x[0] @ x[0].transpose(1, 2), -1)
+        return (shares @ x[0]).unsqueeze(0)
+
+    module, x = whole_numbers(Between(attention), IMAGE)
+    gm, run = traced(module, x)
+    expected, before = run(x), largest(gm)
+    assert before == 4 * ROWS * ROWS
+    cut(gm, PIECES)
+    gm.graph.eliminate_dead_code()
+    assert largest(gm) <= before // 4
+    torch.testing.assert_close(run(x), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
