@@ -81,10 +81,11 @@ def _replay(codes: Sequence[str], meter: StorageMeter) -> Certificate:
     arguments = [v for v in crossing if not isinstance(v, torch.Tensor)]
     arguments += [v for v in crossing if isinstance(v, torch.Tensor)]
     arguments += tangents
+    roots = [t for t in tangents if t.dim() == 0]  # as `Tensor.backward` holds them
     tangent = None
     crossing.clear()
     tangents.clear()
     gradients = backward.run(arguments)
     certificate = Certificate(meter.peak_bytes, saved_bytes, meter.close())
-    del gradients, outputs
+    del gradients, outputs, roots
     return certificate

@@ -102,7 +102,8 @@ class Liveness:
 def analyse(schedule: Schedule, workspace: Sequence[int], *, fused: bool) -> Liveness:
     """Compute every life of every storage.
 
-    Forward outputs are taken to stay alive to the end of the step, as the caller may hold them.
+    Forward outputs are taken to stay alive to the end of the step, as the caller may hold them; so
+    are gradients of scalars, as ``Tensor.backward`` holds that of the loss.
 
     Args:
         schedule: both halves of the step.
@@ -112,6 +113,7 @@ def analyse(schedule: Schedule, workspace: Sequence[int], *, fused: bool) -> Liv
     joint = schedule.joint
     boundary = len(schedule.forward)
     outputs = joint.forward_outputs
+    roots = [i for i in joint.tangents if joint.nodes[i].meta["val"].dim() == 0]
     half = FusedHalf if fused else Half
     forward = half(joint, schedule.forward, start=0, held=(), kept=(*schedule.saved, *outputs))
     backward = half(
@@ -119,7 +121,7 @@ def analyse(schedule: Schedule, workspace: Sequence[int], *, fused: bool) -> Liv
         schedule.backward,
         start=boundary,
         held=(*schedule.saved, *outputs, *joint.tangents),
-        kept=(*joint.backward_outputs, *outputs),
+        kept=(*joint.backward_outputs, *outputs, *roots),
     )
     steps = (*schedule.forward, *schedule.backward)
     leaves = {s: last for i, last in schedule.leaves.items() for s in joint.storage_of[i]}

@@ -25,15 +25,17 @@ from tests.graphs import (
     savable,
 )
 
-# Autograd holds the incoming gradient of a float64 loss until the step ends; and beside a tensor
-# a number becomes one, and one more of that tensor's dtype, while the operator runs.
-UNSEEN_BYTES = 8 + 2 * 8
+# Beside a tensor a number becomes one, and one more of its dtype, while the operator runs.
+UNSEEN_BYTES = 2 * 8
 SCRATCHLESS = (*OPERATORS, "noise")
 BUDGETS = (None, 0.9, 0.7, "min")
 
 
 def simulate(schedule: Schedule) -> Iterator[int]:
-    """Bytes at each step: an environment per half, every value dropped after its last reader."""
+    """Bytes at each step: an environment per half, every value dropped after its last reader.
+
+    Autograd holds the gradient of the loss until the step ends.
+    """
     joint = schedule.joint
     returned = [*joint.forward_outputs, *schedule.saved]
     yield from run(joint, schedule.forward, [], returned, held=[])
@@ -43,7 +45,7 @@ def simulate(schedule: Schedule) -> Iterator[int]:
         schedule.backward,
         arguments,
         joint.backward_outputs,
-        held=joint.forward_outputs,
+        held=[*joint.forward_outputs, *joint.tangents],
     )
 
 
