@@ -8,8 +8,8 @@ twice. Results are written where they belong, over the rows of an input that die
 
 Runs under a budget that nothing else fits, and for the lowest peak, on graphs without a backward.
 Pays: bytes of maps, at a peak among them. Does not: in time, by smaller convolutions and copies.
-Exact: each number is computed as before; products of matrices and attention, where the libraries
-that compute them sum in the same order for fewer rows.
+Exact: each number is computed as before, but for the order of sums in products of matrices and in
+attention, which their libraries may choose by the number of rows.
 
 Sources: layers computed tile by tile are of fused-layer CNN accelerators: Alwani et al. (2016),
 doi:10.1109/MICRO.2016.7783725; by patches in software, of MCUNetV2: Lin et al. (2021),
@@ -64,8 +64,9 @@ class CutMaps:
         high = {name for name, nbytes in alive.items() if nbytes > bound}
         more = {name: min(self.most, 2 * trial.pieces.get(name, _LEAST)) for name in high}
         pieces = {**trial.pieces, **more}
+        least = _LEAST if trial.pieces else 1
         nodes = sum(
-            len(own) * pieces.get(name, 1) // trial.pieces.get(name, 1)
+            len(own) * pieces.get(name, least) // trial.pieces.get(name, least)
             for name, own in trial.regions.items()
         )
         return pieces if nodes <= _MOST_NODES else {}

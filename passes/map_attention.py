@@ -41,9 +41,11 @@ ATTENTIONS: Mapping[Any, Sequence[str]] = {
     ),
 }
 _MASKS = ("attn_mask", "attn_bias")
+_BAND = "memopt_band"  # in a node's ``meta``
+_SMALL = 1 / 64  # of a mask: a block that becomes a constant
 _LENGTH = 2  # the dimension of queries and keys
 _NARROW = 0.5  # of the keys: what a band has at most
-_MOST = 2**29  # numbers of a mask that is computed while compiling
+_MOST = 2**27  # numbers of a mask that is computed while compiling
 
 
 def of_attention(node: fx.Node, dims: Mapping[fx.Node, int]) -> Rule | None:
@@ -52,7 +54,7 @@ def of_attention(node: fx.Node, dims: Mapping[fx.Node, int]) -> Rule | None:
     given.update(node.kwargs)
     triple = [given[name] for name in ("query", "key", "value")]
     mask = next((given[name] for name in _MASKS if given.get(name) is not None), None)
-    if mask in dims or len({*triple, mask}) < 4:
+    if mask in dims or mask in triple or triple[0] in triple[1:]:
         return None
     if given.get("is_causal") or given.get("dropout_p"):
         return None
@@ -63,8 +65,11 @@ def of_attention(node: fx.Node, dims: Mapping[fx.Node, int]) -> Rule | None:
         return Rule(0, tuple(Read(n, 0, same) for n in triple), _attend(node, triple))
     if places[0] != _LENGTH:
         return None
-    if places == [_LENGTH] * 3 and mask is not None and (band := _Band.of(mask, triple)):
-        return _by_band(node, triple, mask, band)
+    if places == [_LENGTH] * 3 and mask is not None:
+        if _BAND not in mask.meta:  # the same for all layers, and for copies of the graph
+            mask.meta[_BAND] = _Band.of(mask, triple)
+        if band := mask.meta[_BAND]:
+            return _by_band(node, triple, mask, band)
     return _by_queries(node, triple, mask)
 
 
@@ -123,8 +128,8 @@ class _Band:
                 return None
             value = value[0]
         is_bool = value.dtype == torch.bool
-        shown = (value if is_bool else value > torch.finfo(value.dtype).min).to(torch.uint8)
-        if not shown.any(-1).all():  # what sees nothing reads all
+        shown = (value if is_bool else ~(value <= torch.finfo(value.dtype).min)).to(torch.uint8)
+        if not shown.any(-1).all():  # a query that sees nothing attends to all keys alike
             return None
         first = shown.argmax(-1)
         end = shown.shape[-1] - shown.flip(-1).argmax(-1)
@@ -143,11 +148,17 @@ def _by_band(node: fx.Node, triple: Sequence[fx.Node], mask: fx.Node, band: _Ban
 
     def make(graph: fx.Graph, rows: Rows, given: Given) -> fx.Node:
         first, end = given[key].start, given[key].end
-        held = constant(graph, band.mask[rows.start : rows.end, first:end], like=mask)
-        shown = call(graph, aten.clone.default, held, like=mask)  # no kernel takes a constant
-        sizes = [*(shape_of(mask) or ())[:-2], rows.end - rows.start, end - first]
-        shown = call(graph, aten.expand.default, shown, sizes, like=mask)
-
+        block = band.mask[rows.start : rows.end, first:end]
+        if block.numel() > _SMALL * band.mask.numel():  # many would take more than the mask does
+            shown = whole_or_part(given, mask)
+            for dim, a, b in ((-2, rows.start, rows.end), (-1, first, end)):
+                shown = call(graph, aten.slice.Tensor, shown, dim, a, b, like=node)
+        else:
+            held = constant(graph, block, like=mask)
+            # Inductor hands a constant to an operator as it is, and its fake kernel refuses that.
+            shown = call(graph, aten.clone.default, held, like=node)
+            sizes = [*(shape_of(mask) or ())[:-2], *block.shape]
+            shown = call(graph, aten.expand.default, shown, sizes, like=node)
         return attend(graph, rows, {**given, mask: Rows(shown, rows.start, rows.end)})
 
     return Rule(_LENGTH, reads, make)

@@ -15,7 +15,7 @@ from memopt.graph import aten
 from memopt.passes.joint_nodes import call
 
 Window = Callable[[int, int], tuple[int, int]]
-"""Of a node's rows from ``a`` to before ``b``, the rows of an input, over its edges too."""
+"""For rows ``a`` to before ``b`` of a node, those of an input that they need; may be beyond it."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def bytes_of(node: fx.Node) -> int:
 
 
 def narrowed(graph: fx.Graph, rows: Rows, dim: int, start: int, end: int) -> Rows:
-    """Some of a node's rows; of a node with several results all."""
+    """Some of a node's rows; of several results all, of which `getitem` takes some."""
     is_tensor = isinstance(rows.node.meta["val"], torch.Tensor)
     if not is_tensor or (rows.start, rows.end) == (start, end):
         return rows
@@ -125,21 +125,23 @@ def source_of(node: fx.Node) -> fx.Node:
 
 def constant_of(node: fx.Node) -> torch.Tensor | None:
     """A value that depends on no input of a graph without random numbers; None where it does."""
-    todo, seen = [node], {node}
+    todo, cone = [node], {node}
     while todo:
-        sources = set(todo.pop().all_input_nodes) - seen
-        if any(source.op != "call_function" for source in sources):
+        inner = todo.pop()
+        if inner.op != "call_function":
             return None
-        seen |= sources
-        todo += sources
+        todo += set(inner.all_input_nodes) - cone
+        cone.update(inner.all_input_nodes)
+    order = [inner for inner in node.graph.nodes if inner in cone]
+    last = {source: inner for inner in order for source in inner.all_input_nodes}
     made: dict[fx.Node, Any] = {}
     with disable_modes():
-        for inner in node.graph.nodes:
-            if inner in seen:
-                args, kwargs = pytree.tree_map_only(
-                    fx.Node, made.__getitem__, (inner.args, inner.kwargs)
-                )
-                made[inner] = inner.target(*args, **kwargs)
+        for inner in order:
+            args, kwargs = fx.map_arg((inner.args, inner.kwargs), made.__getitem__)
+            made[inner] = inner.target(*args, **kwargs)
+            for source in inner.all_input_nodes:
+                if last[source] is inner:
+                    del made[source]
     found = made[node]
     return found if isinstance(found, torch.Tensor) else None
 

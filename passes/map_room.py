@@ -15,6 +15,7 @@ from memopt._torch import pytree
 from memopt.graph import IN_PLACE, aten, is_view
 from memopt.kernels.map_rows import PUT
 from memopt.passes.joint_nodes import call
+from memopt.passes.map_attention import ATTENTIONS
 from memopt.passes.map_reads import Rows, Rule
 from memopt.passes.map_rules import REDUCTIONS, VIEWS
 
@@ -164,7 +165,7 @@ class Room:
         """
         value = node.meta["val"]
         empty = torch.empty_like(value)
-        readers = [user for user in node.users if user not in self.by_rows]
+        readers = [u for u in node.users if u not in self.by_rows or u.target in ATTENTIONS]
         any_layout = all(user.target in _ANY_LAYOUT for user in readers)
         if value.device.type == "cpu" and value.dim() in (4, 5) and any_layout:
             last = torch.channels_last if value.dim() == 4 else torch.channels_last_3d
@@ -177,7 +178,7 @@ class Room:
 
 
 def _is_whole(node: fx.Node, rule: Rule) -> bool:
-    """Whether a rule of one that reads a node needs all of it."""
+    """Whether a reader with this rule needs all of a node."""
     return all(read.source is not node for read in rule.reads)
 
 

@@ -147,7 +147,7 @@ def _of_view(node: fx.Node, dims: Mapping[fx.Node, int]) -> Rule | None:
 
 
 def _across(node: fx.Node, dims: Mapping[fx.Node, int]) -> Rule | None:
-    """Parts of every row, along a dimension that stays."""
+    """Parts of every row: `glu`, `slice`, `split`."""
     source, dim = source_of(node), dims[source_of(node)]
     if _named_dim(node) == dim:
         return None
@@ -155,12 +155,12 @@ def _across(node: fx.Node, dims: Mapping[fx.Node, int]) -> Rule | None:
 
 
 def _of_one(node: fx.Node, dims: Mapping[fx.Node, int]) -> Rule | None:
-    """Entries of every row, along a dimension that goes."""
+    """An entry of every row, in a dimension that goes: `select`, `squeeze`, `unbind`."""
     source, dim = source_of(node), dims[source_of(node)]
     gone = _named_dim(node)
     if gone == dim:
         return None
-    less = source.meta["val"].dim() - len(shape_of(node) or ())  # none, where it is not of one
+    less = source.meta["val"].dim() - len(shape_of(node) or ())  # 0 for a squeeze of more than one
     return Rule(dim - less * (gone < dim), (Read(source, dim, same),), again(node))
 
 
@@ -196,7 +196,7 @@ def _of_expansion(node: fx.Node, dims: Mapping[fx.Node, int]) -> Rule:
 
 
 def _of_product(node: fx.Node, dims: Mapping[fx.Node, int]) -> Rule | None:
-    """Rows of the first factor, and all of the second; or products of a batch."""
+    """Rows of the first factor, last but one, and all of the second; or products of a batch."""
     arguments: tuple[Any, ...] = node.args
     *addend, first, second = arguments[:3] if node.target in _SUMS else arguments
     dim = node.meta["val"].dim() - 2
@@ -217,7 +217,7 @@ def _rows_from_right(node: fx.Node) -> int:
 
 
 def _of_part(node: fx.Node, dims: Mapping[fx.Node, int]) -> Rule | None:
-    """Of several results of which all have the same rows."""
+    """One of several results, all with the same rows."""
     source, dim = source_of(node), dims[source_of(node)]
 
     def make(graph: fx.Graph, rows: Rows, given: Given) -> fx.Node:

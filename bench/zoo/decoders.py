@@ -70,9 +70,10 @@ def decode_by_tiles(decode: Callable[[Tensor], Tensor], latents: Tensor, side: i
     overlap = side // 4
     rows = []
     above: list[Tensor] = []
-    for top in range(0, latents.shape[2] - overlap, side - overlap):
+    height, width = (max(1, n - overlap) for n in latents.shape[2:])
+    for top in range(0, height, side - overlap):
         row: list[Tensor] = []
-        for left in range(0, latents.shape[3] - overlap, side - overlap):
+        for left in range(0, width, side - overlap):
             tile = decode(latents[:, :, top : top + side, left : left + side])
             scale = tile.shape[3] // min(side, latents.shape[3] - left)
             if above:

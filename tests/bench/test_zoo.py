@@ -71,7 +71,7 @@ def test_table_a_and_b_have_the_parameters_of_their_tables() -> None:
     assert round(mib["llama_b"]) == 28
 
 
-@pytest.mark.parametrize("height", [16, 24, 29, 40])
+@pytest.mark.parametrize("height", [3, 16, 24, 29, 40])
 def test_tiles_of_what_needs_no_neighbours_are_the_whole(height: int) -> None:
     latents = torch.randn(2, 3, height, 21)
 
