@@ -169,7 +169,8 @@ NORMS = (
 ALL = tuple(
     name
     for name, peer in PEERS.items()
-    if not (peer.auto_chunker or peer.library or peer.offload or "folded norms" in name)
+    if not (peer.auto_chunker or peer.library or peer.offload or peer.tile)
+    and "folded norms" not in name
 )
 CORE = (
     "eager", "inductor", "inductor+checkpoint",
