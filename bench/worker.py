@@ -76,12 +76,13 @@ def compile_for(
     peer: Peer, module: nn.Module, budget: int | float | str | None, device: str
 ) -> Any:
     """The module as this peer runs it."""
+    inner = module.model if isinstance(module, LossOnly) else module
     if peer.checkpoint:
-        checkpoint_blocks(module.model if isinstance(module, LossOnly) else module)
+        checkpoint_blocks(inner)
     if peer.tile is not None:
-        if not isinstance(module, LatentDecoder):
-            raise ValueError(f"{type(module).__name__} decodes no latents")
-        module.tile = peer.tile
+        if not isinstance(inner, LatentDecoder):
+            raise ValueError(f"{type(inner).__name__} decodes no latents")
+        inner.tile = peer.tile
     if peer.activation_budget is not None:
         torch._functorch.config.activation_memory_budget = peer.activation_budget
     if peer.compiler == "eager":

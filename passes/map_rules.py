@@ -98,9 +98,8 @@ def _of_concatenation(node: fx.Node, dims: Mapping[fx.Node, int]) -> Rule | None
 
 
 def _of_permutation(node: fx.Node, dims: Mapping[fx.Node, int]) -> Rule:
-    source, order = source_of(node), node.args[1]
-    assert isinstance(order, Sequence)
-    dim = [int(d) % len(order) for d in order].index(dims[source])  # type: ignore[arg-type]
+    source, order = source_of(node), _argument(node, "dims")
+    dim = [d % len(order) for d in order].index(dims[source])
     return Rule(dim, (Read(source, dims[source], same),), again(node))
 
 
@@ -167,19 +166,23 @@ def _of_one(node: fx.Node, dims: Mapping[fx.Node, int]) -> Rule | None:
 def _of_dimension(node: fx.Node, dims: Mapping[fx.Node, int]) -> Rule:
     """The same entries, with a dimension of one more."""
     source, dim = source_of(node), dims[source_of(node)]
-    place: Any = node.args[1]
-    more = place % node.meta["val"].dim() <= dim
+    more = _argument(node, "dim") % node.meta["val"].dim() <= dim
     return Rule(dim + more, (Read(source, dim, same),), again(node))
 
 
 def _named_dim(node: fx.Node) -> int:
     """The dimension that an operator goes along, of its first argument's."""
+    rank: int = source_of(node).meta["val"].dim()
+    return int(_argument(node, "dim")) % rank
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """An argument, whether it is given by its place, by its name or not at all."""
     target = node.target
     assert isinstance(target, OpOverload)
     given: dict[str, Any] = {a.name: a.default_value for a in target._schema.arguments}
     given.update(zip(given, node.args, strict=False), **node.kwargs)
-    rank: int = source_of(node).meta["val"].dim()
-    return int(given["dim"]) % rank
+    return given[name]
 
 
 def _of_expansion(node: fx.Node, dims: Mapping[fx.Node, int]) -> Rule:

@@ -52,6 +52,7 @@ FORMS: dict[str, Form] = {
     "slice": lambda x: torch.cat([x[:, 2:], x[:, :2]], 1),
     "expand": lambda x: x[:, :1] + torch.cat([x[:, 1:2].expand(1, 2, ROWS, 12)] * 2, 1),
     "squeeze": lambda x: torch.squeeze(x.unsqueeze(2), 2) + torch.squeeze(x, 1),
+    "names": lambda x: torch.select(input=torch.unsqueeze(x, dim=2), dim=2, index=0).relu(),
     "columns": lambda x: x[..., 1:-1:2],
 }
 ROUNDED: dict[str, Form] = {
