@@ -45,7 +45,7 @@ _POINTWISE_NAMES = frozenset(
 # Their result is their first input with some entries changed, and Inductor lets it take its place.
 _SCATTER_NAMES = frozenset(
     "aten.index_put aten._unsafe_index_put aten._unsafe_masked_index_put_accumulate aten.scatter "
-    "aten.scatter_add aten.scatter_reduce aten.index_add aten.index_copy".split()
+    "aten.scatter_add aten.scatter_reduce aten.index_add aten.index_copy memopt.put_rows".split()
 )
 _REDUCTION_NAMES = _SCATTER_NAMES | frozenset(
     "aten.mean aten.var aten.var_mean aten.std prims.var prims.sum "

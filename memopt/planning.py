@@ -10,13 +10,17 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 
 from memopt import diagnosis
 from memopt._torch import (
     BackendCompilerFailed,
+    FakeTensor,
     FakeTensorMode,
+    disable_modes,
     dynamo_config,
     no_truncated_normals,
+    pytree,
 )
 from memopt.backend import read_options
 from memopt.config import Config
@@ -28,6 +32,7 @@ from memopt.proofs import Proof
 from memopt.report import Report
 from memopt.splitting import Splitter
 
+_READ = 4096  # numbers of a tensor that a model's code may read
 Make = Callable[..., tuple[Callable[..., Any], Mapping[str, Any]]]
 
 
@@ -86,7 +91,7 @@ def plan_with(
         return compiled
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        with no_truncated_normals():
+        with no_truncated_normals(), _ReadableSteps():
             model, inputs = make()
         forward = model.forward if isinstance(model, nn.Module) else model
         # Code that models share is compiled anew by every call, which is not what a limit is for.
@@ -99,6 +104,21 @@ def plan_with(
                 raise error.inner_exception from None
             raise
     return splits
+
+
+class _ReadableSteps(TorchFunctionMode):
+    """While a model is made, steps from one number to another are numbers that can be read.
+
+    Models take rates of their layers from ``torch.linspace``; a fake tensor could not say them.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        are_real = given and not any(isinstance(x, FakeTensor) for x in given)
+        if func is torch.linspace or (are_real and all(x.numel() <= _READ for x in given)):
+            with disable_modes():
+                return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,7 @@ from memopt.outcome import Outcome, load_plan, read_plan
 from memopt.partition import partition
 from memopt.passes import CUT_MAPS, CUT_ROWS, FORMS, JOINT, POST_GRAD
 from memopt.passes.compress import Compress
-from memopt.passes.cut_maps import write_in_place
+from memopt.passes.map_moves import write_in_place
 from memopt.passes.offload import Offload, OffloadToFiles
 from memopt.pipeline import PassContext, Pipeline, configure
 from memopt.planner import Search

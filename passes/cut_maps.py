@@ -20,18 +20,21 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import networkx
+import torch
 from torch import fx
 
+from memopt._torch import disable_modes
 from memopt.cutters import Regions, Trial
 from memopt.graph import aten, is_collective, is_mutating, is_random, is_view
-from memopt.kernels.map_rows import PUT, PUT_IN_PLACE, TAKE, TAKE_BEHIND
+from memopt.kernels.map_rows import KEEP
 from memopt.passes.joint_nodes import call
 from memopt.passes.map_levels import assign_levels, waist
-from memopt.passes.map_reads import Read, Rows, Rule, bytes_of, narrowed, rows_in
-from memopt.passes.map_room import Room
+from memopt.passes.map_moves import take
+from memopt.passes.map_reads import Read, Rows, Rule, bytes_of, narrowed, rows_in, source_of
+from memopt.passes.map_room import Room, channels_last
 from memopt.passes.map_rules import rule_of
 
 _WIDE = 0.25  # of the widest value that is cut: no region with one stays whole
@@ -71,6 +74,7 @@ class CutMaps:
         )
         return pieces if nodes <= _MOST_NODES else {}
 
+    @disable_modes()  # numbers of rows are read while tensors may be fake
     def __call__(self, graph: fx.Graph, pieces: Mapping[str, int]) -> Regions:
         """Cut some regions.
 
@@ -108,18 +112,6 @@ class CutMaps:
             graph.erase_node(node)
         graph.lint()
         return found
-
-
-def write_in_place(graph: fx.Graph) -> None:
-    """Where rows are put into a map, put them into that very map: nothing reads it as it was."""
-    for node in graph.find_nodes(op="call_function", target=PUT):
-        with graph.inserting_before(node):
-            put = graph.call_function(PUT_IN_PLACE, node.args)
-        put.meta.update(node.meta, val=None)
-        before = node.args[0]
-        assert isinstance(before, fx.Node)
-        node.replace_all_uses_with(before)
-        graph.erase_node(node)
 
 
 def _rules(graph: fx.Graph, pieces: int) -> dict[fx.Node, Rule]:
@@ -274,12 +266,14 @@ class _Cut:
             for read in rule.reads:
                 self.readers[read.source].append((node, read))
         self.ends = self._ends(pieces)
+        self.weights: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> None:
         """Cut it."""
         with self.graph.inserting_before(next(iter(self.region.rules))):
             for node in self.region.outputs:
                 self.room.find(node, self.dims, self.region.rules, self.ends)
+            self._turn_weights()
             spans = self._spans()
             kept: dict[fx.Node, Rows] = {}
             written = dict.fromkeys(self.dims, 0)
@@ -290,6 +284,18 @@ class _Cut:
                 kept = {n: self._part(n, made[n], span) for n, span in later.items() if n in made}
             for node in self.region.returned:
                 self.room.moved[node] = self.room.view(node)
+
+    def _turn_weights(self) -> None:
+        """Weights in the layout that convolutions prefer: once, not once for every piece."""
+        for node in self.region.rules:
+            if node.target is aten.convolution.default and not node.args[6]:
+                weight: Any = node.args[1]
+                layout = channels_last(weight.meta["val"])
+                if layout is not torch.preserve_format:
+                    turned = call(
+                        self.graph, aten.clone.default, weight, memory_format=layout, like=node
+                    )
+                    self.weights[weight] = turned
 
     def _ends(self, pieces: int) -> list[dict[fx.Node, int]]:
         """For each piece the row before which it ends, of every value."""
@@ -336,9 +342,10 @@ class _Cut:
         return [{node: spans[node] for node in self.dims if node in spans} for spans in found]
 
     def _is_kept(self, node: fx.Node) -> bool:
-        """Whether rows that the next piece needs again are kept."""
+        """Whether rows that the next piece needs again are kept: no row is computed twice."""
         if node in self.region.rules:
-            return self.region.rules[node].is_costly
+            made = source_of(node) if node.target is operator.getitem else node
+            return isinstance(node.meta["val"], torch.Tensor) and not is_view(made)
         return any(self.room.overlap(node, result) for result in self.region.outputs)
 
     def _piece(
@@ -360,29 +367,22 @@ class _Cut:
             if span.start == span.end:
                 assert before is not None
                 made[node] = before
-            elif node not in self.region.rules:
-                made[node] = self._taken(node, span, before)
-            else:
-                rows = self._computed(node, span, made)
-                if node in self.region.outputs:
-                    first, dim = written[node], self.dims[node]
-                    self.room.put(node, narrowed(self.graph, rows, dim, first, span.end))
-                made[node] = rows if before is None else self._joined(node, before, rows)
+                continue
+            rows = self._computed(node, span, made)
+            if node in self.region.outputs:
+                first, dim = written[node], self.dims[node]
+                self.room.put(node, narrowed(self.graph, rows, dim, first, span.end))
+            made[node] = rows if before is None else self._joined(node, before, rows)
         return made
 
-    def _taken(self, node: fx.Node, span: _Span, before: Rows | None) -> Rows:
-        """Rows of what the region reads, behind those that were kept."""
-        source, where = self.room.current(node), (self.dims[node], span.start, span.end)
-        if before is None:
-            return Rows(call(self.graph, TAKE, source, *where, like=node), span.start, span.end)
-        made = call(self.graph, TAKE_BEHIND, before.node, source, *where, like=node)
-        return Rows(made, before.start, span.end)
-
     def _computed(self, node: fx.Node, span: _Span, made: Mapping[fx.Node, Rows]) -> Rows:
+        if node not in self.region.rules:
+            where = self.dims[node], span.start, span.end
+            return Rows(take(self.room.current(node), *where, like=node), span.start, span.end)
         rule = self.region.rules[node]
         by_rows = {read.source for read in rule.reads}
         wholes = [n for n in node.all_input_nodes if n not in by_rows]
-        given = {n: Rows(self.room.current(n), 0, 0) for n in wholes}
+        given = {n: Rows(self.weights.get(n) or self.room.current(n), 0, 0) for n in wholes}
         for read in rule.reads:
             first, last = read.window(span.start, span.end)
             first, last = max(0, first), min(last, rows_in(read.source, read.dim))
@@ -400,6 +400,5 @@ class _Cut:
         first = max(following.needed, rows.start)
         if first >= min(rows.end, following.start) or first == rows.start:
             return rows
-        part = first - rows.start, rows.end - rows.start
-        copied = call(self.graph, TAKE, rows.node, self.dims[node], *part, like=node)
-        return Rows(copied, first, rows.end)
+        part = narrowed(self.graph, rows, self.dims[node], first, rows.end)
+        return Rows(call(self.graph, KEEP, part.node, like=node), first, rows.end)

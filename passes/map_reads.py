@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from memopt._torch import disable_modes, pytree
+from memopt._torch import pytree
 from memopt.graph import aten
 from memopt.passes.joint_nodes import call
 
@@ -55,13 +55,11 @@ class Rule:
         dim: the dimension of its rows.
         reads: the inputs of which it needs rows; of the others it needs all.
         make: computes some rows.
-        is_costly: whether rows that are needed again are better kept than computed again.
     """
 
     dim: int
     reads: tuple[Read, ...]
     make: Make
-    is_costly: bool = False
 
 
 def shape_of(node: fx.Node) -> torch.Size | None:
@@ -135,13 +133,12 @@ def constant_of(node: fx.Node) -> torch.Tensor | None:
     order = [inner for inner in node.graph.nodes if inner in cone]
     last = {source: inner for inner in order for source in inner.all_input_nodes}
     made: dict[fx.Node, Any] = {}
-    with disable_modes():
-        for inner in order:
-            args, kwargs = fx.map_arg((inner.args, inner.kwargs), made.__getitem__)
-            made[inner] = inner.target(*args, **kwargs)
-            for source in inner.all_input_nodes:
-                if last[source] is inner:
-                    del made[source]
+    for inner in order:
+        args, kwargs = fx.map_arg((inner.args, inner.kwargs), made.__getitem__)
+        made[inner] = inner.target(*args, **kwargs)
+        for source in inner.all_input_nodes:
+            if last[source] is inner:
+                del made[source]
     found = made[node]
     return found if isinstance(found, torch.Tensor) else None
 

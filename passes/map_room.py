@@ -12,10 +12,10 @@ import torch
 from torch import fx
 
 from memopt._torch import pytree
-from memopt.graph import IN_PLACE, aten, is_view
-from memopt.kernels.map_rows import PUT
+from memopt.graph import aten, is_view
 from memopt.passes.joint_nodes import call
 from memopt.passes.map_attention import ATTENTIONS
+from memopt.passes.map_moves import empty, put
 from memopt.passes.map_reads import Rows, Rule
 from memopt.passes.map_rules import REDUCTIONS, VIEWS
 
@@ -58,9 +58,10 @@ class Room:
         """Some rows of a value go to its place."""
         owner, channel, dim = self.places[node]
         where = dim, rows.start, channel
-        put = call(rows.node.graph, PUT, self.maps[owner], rows.node, *where, like=node)
-        put.meta[IN_PLACE] = True
-        self.maps[owner] = put
+        before = self.maps[owner]
+        self.maps[owner] = put(before, rows.node, *where, like=node)
+        if before.target is aten.empty_strided.default:  # not there before it is needed
+            self.maps[owner].prepend(before)
 
     def view(self, node: fx.Node) -> fx.Node:
         """All of a value that is a view of one in a map."""
@@ -164,17 +165,19 @@ class Room:
         That is where its readers take any layout: those that go by rows, and sums over it.
         """
         value = node.meta["val"]
-        empty = torch.empty_like(value)
         readers = [u for u in node.users if u not in self.by_rows or u.target in ATTENTIONS]
         any_layout = all(user.target in _ANY_LAYOUT for user in readers)
-        if value.device.type == "cpu" and value.dim() in (4, 5) and any_layout:
-            last = torch.channels_last if value.dim() == 4 else torch.channels_last_3d
-            empty = torch.empty_like(value, memory_format=last)
-        shape = [*value.shape], [*empty.stride()]
-        kwargs = {"dtype": value.dtype, "device": value.device}
-        made = node.graph.call_function(aten.empty_strided.default, shape, kwargs)
-        made.meta.update(node.meta, val=empty)
-        return made
+        layout = channels_last(value) if any_layout else torch.preserve_format
+        return empty(node, torch.empty_like(value, memory_format=layout))
+
+
+def channels_last(value: torch.Tensor) -> torch.memory_format:
+    """The layout that convolutions on the CPU prefer; that which it has on other devices."""
+    if value.device.type != "cpu":
+        return torch.preserve_format
+    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(
+        value.dim(), torch.preserve_format
+    )
 
 
 def _is_whole(node: fx.Node, rule: Rule) -> bool:

@@ -206,12 +206,12 @@ def _of_product(node: fx.Node, dims: Mapping[fx.Node, int]) -> Rule | None:
     batch = [dims.get(factor, 0) for factor in (first, second)]
     if node.target is aten.bmm.default and batch == [0, 0] and first is not second:
         reads = Read(first, 0, same), Read(second, 0, same)
-        return Rule(0, reads, again(node), is_costly=True)
+        return Rule(0, reads, again(node))
     if dims.get(first) != dim or first is second or any(a in dims for a in addend):
         return None
     if any(_rows_from_right(a) != 1 for a in addend):
         return None
-    return Rule(dim, (Read(first, dim, same),), again(node), is_costly=True)
+    return Rule(dim, (Read(first, dim, same),), again(node))
 
 
 def _rows_from_right(node: fx.Node) -> int:
@@ -229,7 +229,7 @@ def _of_part(node: fx.Node, dims: Mapping[fx.Node, int]) -> Rule | None:
         whole = Rows(part, piece.start, piece.end)
         return narrowed(graph, whole, dim, rows.start, rows.end).node
 
-    return Rule(dim, (Read(source, dim, same),), make, is_costly=source.target in ATTENTIONS)
+    return Rule(dim, (Read(source, dim, same),), make)
 
 
 _RULES: dict[Any, Callable[[fx.Node, Mapping[fx.Node, int]], Rule | None]] = {

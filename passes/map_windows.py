@@ -76,7 +76,7 @@ def of_convolution(node: fx.Node, dims: Mapping[fx.Node, int], along: int) -> Ru
     if x is weight or weight in dims or bias in dims:
         return None
     if along == 0:
-        return Rule(0, (Read(x, 0, same),), again(node), is_costly=True)
+        return Rule(0, (Read(x, 0, same),), again(node))
     at, axes = along - 2, rank - 2
     sizes = [_each(argument, axes) for argument in (strides, paddings, dilations, beyond)]
     stride, padding, dilation, more = (size[at] for size in sizes)
@@ -106,7 +106,7 @@ def of_convolution(node: fx.Node, dims: Mapping[fx.Node, int], along: int) -> Ru
         whole = Rows(made, start, start + made.meta["val"].shape[along])
         return narrowed(graph, whole, along, rows.start, rows.end).node
 
-    return Rule(along, (Read(x, along, window),), make, is_costly=True)
+    return Rule(along, (Read(x, along, window),), make)
 
 
 def of_pool(node: fx.Node, dims: Mapping[fx.Node, int]) -> Rule | None:

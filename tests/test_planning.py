@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import memopt
 from bench.meter import Meter
@@ -61,6 +62,29 @@ def test_neither_weights_nor_activations_take_memory() -> None:
     with Meter() as meter:
         report = memopt.plan_for(large, device="h100")
     assert meter.peak_bytes < 2**22 < report.predicted_peak_bytes / 50
+
+
+def test_a_model_may_read_the_rates_of_its_layers() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            first, second = (x.tolist() for x in torch.split(torch.linspace(0, 0.5, 4), [1, 3]))
+            rates = [*first, *second, *(x.item() for x in torch.linspace(0, 1, 3))]
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for rate in rates if rate < 0.4)
+            self.register_buffer("scale", torch.linspace(0, 1, 8))
+
+        def forward(self, x: Tensor) -> Any:
+            for layer in self.layers:
+                x = layer(x).relu() * self.scale
+            return x.sum()
+
+    def make() -> tuple[nn.Module, dict[str, Tensor]]:
+        model = Model()
+        assert len(model.layers) == 4
+        return model, {"x": torch.randn(4, 8)}
+
+    report = memopt.plan_for(make, device="h100")
+    assert report.graphs[0].predicted_peak_bytes
 
 
 def test_a_device_that_is_not_known_is_an_error() -> None:

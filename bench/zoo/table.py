@@ -80,7 +80,7 @@ _ENTRIES = (
     _model("convnext", "conv inference",
         tiny=vision_library.convnext((1, 1), (8, 16), batch=2, side=32),
         bench=vision_library.convnext((3, 3, 9, 3), (96, 192, 384, 768), batch=4, side=128)),
-    _model("detr", "conv transformer inference",
+    _model("detr", "conv transformer inference graph_break",
         tiny=vision_library.detr((8, 16), 16, 2, queries=4, batch=2, side=32),
         bench=vision_library.detr(
             (256, 512, 1024, 2048), 256, 8, queries=100, batch=2, side=128)),

@@ -65,9 +65,9 @@ ROUNDED: dict[str, Form] = {
 
 def largest(gm: fx.GraphModule) -> int:
     """Numbers of the largest value of a graph that is no input, and no map of a result."""
-    maps = aten.empty_strided.default
+    maps = aten.empty_strided.default, aten.index_put_.default
     values = [
-        n.meta["val"] for n in gm.graph.nodes if n.op == "call_function" and n.target != maps
+        n.meta["val"] for n in gm.graph.nodes if n.op == "call_function" and n.target not in maps
     ]
     return max(value.numel() for value in values if isinstance(value, Tensor))
 
