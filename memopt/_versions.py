@@ -60,6 +60,9 @@ TRITON = Requirement(
     newest=(3, 9),
     optional=True,  # builds of torch for the CPU come without it
 )
+TRANSFORMERS = Requirement(  # checked where ``memopt.cache`` is imported, and only there
+    name="transformers", distributions=("transformers",), oldest=(5, 24), newest=(5, 99)
+)
 
 
 def check() -> None:
