@@ -12,14 +12,26 @@ transformers is imported here, and nowhere else in memopt.
 
 from memopt.cache_attention import prepare
 from memopt.cache_columns import FullStore
+from memopt.cache_evicting import EvictingCache, KeptStore, pyramid
+from memopt.cache_host import HostCache, HostStore, Stage
 from memopt.cache_layer import HeadCache, HeadLayer
+from memopt.cache_quantized import QuantizationError, QuantizedCache, QuantizedStore
 from memopt.cache_spans import HeadSpanCache, WindowStore
 
 __all__ = [
+    "EvictingCache",
     "FullStore",
     "HeadCache",
     "HeadLayer",
     "HeadSpanCache",
+    "HostCache",
+    "HostStore",
+    "KeptStore",
+    "QuantizationError",
+    "QuantizedCache",
+    "QuantizedStore",
+    "Stage",
     "WindowStore",
     "prepare",
+    "pyramid",
 ]

@@ -14,13 +14,16 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[str, ...] = (
     "errors remarks timeline units _torch row_index",
     "lazy_stamps row_ir",
-    "_versions budget device graph plan ledger fusion emit lazy_rows storage_meter row_body",
-    "config joint record kernels lazy_rules row_nodes row_rules row_tiling",
-    "schedule page mincut workspace trials lives lazy_logits losses row_reader row_kernel",
-    "report liveness transfers pipeline cost replay row_select row_source",
-    "returned row_lowering forms cutters",
-    "row_choice",
-    "passes problem",
+    "_versions budget device graph plan ledger fusion emit lazy_rows storage_meter row_body "
+    "cache_rows cache_shape cache_codes",
+    "config joint record kernels lazy_rules row_nodes row_rules row_tiling _transformers",
+    "schedule page mincut workspace trials lives lazy_logits losses row_reader row_kernel "
+    "cache_layer",
+    "report liveness transfers pipeline cost replay row_select row_source cache_columns "
+    "cache_attention",
+    "returned row_lowering forms cutters cache_spans",
+    "row_choice cache_quantized cache_evicting cache_host",
+    "passes problem cache",
     "regions chunking",
     "solve",
     "planner partition certify",
