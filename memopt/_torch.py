@@ -14,6 +14,7 @@ from torch import fx
 from torch._C import _set_throw_on_mutable_data_ptr
 from torch._decomp import get_decompositions
 from torch._dynamo import config as dynamo_config
+from torch._dynamo import mark_static_address
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters as dynamo_counters
@@ -102,6 +103,7 @@ __all__ = [
     "is_sym_node",
     "is_traceable_wrapper_subclass",
     "list_mode_options",
+    "mark_static_address",
     "mutated_inputs",
     "no_truncated_normals",
     "pytree",

@@ -1,8 +1,8 @@
 """Attention for transformers' models whose cache holds keys and values in a form of its own.
 
-`prepare` registers a function for attention and one for masks under one name, through transformers'
-public tables, and sets it for one model. No code and no weight is changed. The mask function passes
-on which columns are padding and no more: causality is the cache's to know.
+`prepare` registers a function for attention and one for masks under one name, through
+transformers' public tables, and sets it for one model. No code and no weight is changed. The mask
+function passes on which columns are padding and no more: causality is the cache's to know.
 """
 
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from memopt._transformers import AttentionInterface, AttentionMaskInterface
 from memopt.cache_layer import Pending
-from memopt.cache_rows import over_columns
+from memopt.cache_rows import grouped_queries, over_columns
 from memopt.cache_shape import Shape
 from memopt.errors import ConfigError
 
@@ -33,10 +33,10 @@ def prepare(model: Model) -> Model:
         The same model.
 
     Raises:
-        ConfigError: its layers are of a kind that these caches do not hold, or its attention is not
-            one that can be set.
+        ConfigError: its layers are of a kind that these caches do not hold, or its attention is
+            not one that can be set.
     """
-    config = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+    config: Any = model.config
     Shape.of(config)
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, padding_of)
@@ -61,7 +61,7 @@ def attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """As ``sdpa_attention_forward`` is called by models, with a `Pending` for the keys."""
-    _refuse(dropout, others)
+    _refuse(dropout, getattr(module, "is_causal", True), others)
     padding = _columns_of(attention_mask)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(key, Pending):
@@ -71,7 +71,9 @@ def attention(
     return result.transpose(1, 2).contiguous(), None
 
 
-def _refuse(dropout: float, others: dict[str, Any]) -> None:
+def _refuse(dropout: float, is_causal: bool, others: dict[str, Any]) -> None:
+    if not others.get("is_causal", is_causal):
+        raise ConfigError("attention that is not causal: memopt.cache serves decoders alone")
     if dropout:
         raise ConfigError(f"attention with dropout={dropout}: call model.eval() first")
     for name in ("softcap", "s_aux", "position_bias"):
@@ -104,11 +106,11 @@ def _without_cache(
     n = query.shape[2]
     if key.shape[2] != n:
         raise ConfigError(
-            "this model was prepared for the caches of memopt.cache, and got another one: pass one "
-            "of them, or call model.set_attn_implementation('sdpa')"
+            "this model was prepared for the caches of memopt.cache, and got another one: pass "
+            "one of them, or call model.set_attn_implementation('sdpa')"
         )
     columns = torch.arange(n, device=query.device)
-    grouped = query.unflatten(1, (key.shape[1], -1))
+    grouped = grouped_queries(query, key.shape[1])
     return over_columns(grouped, key, value, columns, padding, scale, window).flatten(1, 2)
 
 
@@ -132,8 +134,8 @@ def padding_of(
     """
     if q_length > 1 and not allow_is_causal_skip:
         raise ConfigError(
-            "this model's mask is more than a causal one (packed sequences, images, a mask function "
-            "of its own): memopt.cache has no form for it"
+            "this model's mask is more than a causal one (packed sequences, images, a mask "
+            "function of its own): memopt.cache has no form for it"
         )
     if attention_mask is None:
         return None

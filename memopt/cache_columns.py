@@ -6,8 +6,8 @@ Legend: as in `memopt.cache_rows`; ``N`` is ``max_length``.
 import torch
 from torch import Tensor
 
-from memopt.cache_layer import Step, Store
 from memopt.cache_rows import attended, causal, over_columns
+from memopt.cache_store import Step, Store
 
 
 class ColumnStore(Store):

@@ -1,10 +1,10 @@
 """A cache that keeps, of a prompt, the tokens that its end looks at, and frees the others.
 
-What the last queries of a prompt attend to is much of what the answer will. So when a prompt has been
-read, its last queries give every other token a score, for each head of keys the tokens of highest
-score are kept, and the rest is freed. Neighbours of a token that matters are kept with it, as scores
-are those of the best token nearby. What comes after goes into a ring of the newest tokens; the next
-prompt gives scores to all that is held and to its own tokens.
+What the last queries of a prompt attend to is much of what the answer will. So when a prompt has
+been read, its last queries give every other token a score, for each head of keys the tokens of
+highest score are kept, and the rest is freed. Neighbours of a token that matters are kept with
+it, as scores are those of the best token nearby. What comes after goes into a ring of the newest
+tokens; the next prompt gives scores to all that is held and to its own tokens.
 
 Sources: scores by the last queries, and the best of some neighbours: SnapKV, Li et al. (2024),
 arXiv:2404.14469; more room for lower layers: PyramidKV, Cai et al. (2024), arXiv:2406.02069.
@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memopt.cache_layer import HeadCache, HeadLayer, Step, Store
+from memopt.cache_layer import HeadCache, HeadLayer
 from memopt.cache_rows import attended, causal, row_blocks
 from memopt.cache_shape import Shape, checked_length
 from memopt.cache_spans import WindowStore
+from memopt.cache_store import Step, Store
 from memopt.errors import ConfigError
 
 NEAR = 7
@@ -35,7 +36,8 @@ class KeptStore(Store):
     Args:
         kept: ``K``.
         ring: ``R``.
-        observed: queries at the end of a prompt that give scores; their own tokens go to the ring.
+        observed: queries at the end of a prompt that give scores; their own tokens go to the
+            ring.
     """
 
     BATCHED: ClassVar[tuple[str, ...]] = ("keys", "values", "is_held")
@@ -132,17 +134,17 @@ def observed_attention(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> T
     masses = []
     for head in range(k.shape[1]):
         rows = q[:, head].flatten(1, 2) @ k[:, head].transpose(1, 2)
-        scores = rows.mul_(scale).unflatten(1, q.shape[2:4])
+        scores = rows.mul_(scale).view(len(q), *q.shape[2:4], -1)
         shares = scores.masked_fill_(hidden, -torch.inf).softmax(-1, dtype=torch.float32)
         masses.append(shares.sum((1, 2)))
     return torch.stack(masses, 1)
 
 
 def pyramid(mean: int, layers: int, steepness: float = 20.0) -> list[int]:
-    """Tokens for each layer, of this mean, in even steps from many in the first to few in the last.
+    """Tokens for each layer, in even steps from many in the first to few in the last.
 
     Args:
-        mean: tokens of a layer.
+        mean: tokens of a layer, on average.
         layers: how many.
         steepness: the last layer gets the mean over this, as PyramidKV's ``beta``; 1 gives all
             layers the same.
@@ -166,15 +168,15 @@ def pyramid(mean: int, layers: int, steepness: float = 20.0) -> list[int]:
 class EvictingCache(HeadCache):
     """A cache that keeps some tokens of a prompt for every head, and frees the others.
 
-    Pays: after a long prompt the bytes of `K + R` tokens are left of each head's `N`. Does not: where
-    later questions ask for what the first did not look at. It is lossy: `lost_attention` says how
-    much of what the prompt's end attended to is gone. Tokens that were generated leave when ``ring``
-    newer ones are there, so give it as many as an answer has.
+    Pays: after a long prompt the bytes of `K + R` tokens are left of each head's `N`. Does not:
+    where later questions ask for what the first did not look at. It is lossy: `lost_attention`
+    says how much of what the prompt's end attended to is gone. Tokens that were generated leave
+    when ``ring`` newer ones are there, so give it as many as an answer has.
 
     Args:
         config: the model's.
-        kept: ``K``: one number, which layers share as a `pyramid`; one for each layer; or for each
-            layer one for each of its heads of keys, from a profile.
+        kept: ``K``: one number, which layers share as a `pyramid`; one for each layer; or for
+            each layer one for each of its heads of keys, from a profile.
         max_length: tokens of the prompts and all that is generated, at most.
         ring: ``R``, newest tokens that are held besides.
         observed: queries at the end of a prompt that give scores; at most ``ring``.
@@ -193,7 +195,9 @@ class EvictingCache(HeadCache):
     ) -> None:
         shape, length = Shape.of(config), checked_length(max_length)
         if not 1 <= observed <= ring:
-            raise ConfigError(f"observed={observed!r}, ring={ring!r}: 1 or more, and no more than ring")
+            raise ConfigError(
+                f"observed={observed!r}, ring={ring!r}: 1 or more, and no more than ring"
+            )
         super().__init__(
             [
                 HeadLayer(_groups(counts, window, length, ring, observed), length)
@@ -202,7 +206,7 @@ class EvictingCache(HeadCache):
         )
 
     def lost_attention(self) -> list[float]:
-        """For each layer, the share of the last prompt's observed attention that is gone, 0 to 1."""
+        """For each layer, the share of the last prompt's observed attention that is gone."""
         return [_lost(layer) for layer in self.layers]
 
 
@@ -213,8 +217,8 @@ def _by_head(kept: Any, shape: Shape) -> list[list[int]]:
     by_head = [[n] * shape.heads if isinstance(n, int) else list(n) for n in kept]
     if [len(counts) for counts in by_head] != [shape.heads] * layers:
         raise ConfigError(
-            f"kept for {[len(counts) for counts in by_head]} heads: this model has {layers} layers "
-            f"of {shape.heads} heads of keys"
+            f"kept for {[len(counts) for counts in by_head]} heads: this model has {layers} "
+            f"layers of {shape.heads} heads of keys"
         )
     if any(not isinstance(n, int) or n < 0 for counts in by_head for n in counts):
         raise ConfigError(f"kept={kept!r}: numbers of tokens from 0 on")

@@ -2,9 +2,9 @@
 
 Attention needs one head's keys at a time, so two places on the device, of a few heads each, are
 enough for all layers: while one is attended over, the next heads are on their way into the other.
-New tokens alone go out to the host. On a GPU the host's memory is pinned and copies run on a stream
-beside the step's. On the CPU, which has one memory, the host's is outside torch's allocator, so that
-bytes are the same as on a GPU.
+New tokens alone go out to the host. On a GPU the host's memory is pinned and copies run on a
+stream beside the step's. On the CPU, which has one memory, the host's is outside torch's
+allocator, so that bytes are the same as on a GPU.
 
 Source: HeadInfer, Luo et al. (2025), arXiv:2502.12574.
 
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from memopt.cache_columns import ColumnStore
-from memopt.cache_layer import HeadCache, HeadLayer, Step
+from memopt.cache_layer import HeadCache, HeadLayer
 from memopt.cache_shape import Shape, checked_length
 from memopt.cache_spans import WindowStore
+from memopt.cache_store import Step
 from memopt.errors import ConfigError, HostMemoryError
 from memopt.kernels.arena import Arena
 from memopt.units import format_bytes
@@ -40,7 +41,7 @@ class Stage:
         self.arena = Arena()
         self.stores: list[HostStore] = []
         self.places: list[tuple[Tensor, Tensor]] = []
-        self.stream: torch.cuda.Stream | None = None
+        self.stream: torch.cuda.Stream | None = None  # made where it is first needed
         self._coming: tuple[HostStore, int, int] | None = None
         self._turn = 0
 
@@ -58,8 +59,6 @@ class Stage:
             return x.new_zeros(len(x), self.heads, max_length, x.shape[3])
 
         self.places = [(place(k), place(v)) for _ in range(2)]
-        if k.is_cuda:
-            self.stream = torch.cuda.Stream(k.device)  # type: ignore[no-untyped-call]
 
     def host_empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Memory of the host's, zeros.
@@ -74,11 +73,13 @@ class Stage:
         except RuntimeError as error:
             nbytes = torch.empty(shape, dtype=like.dtype, device="meta").nbytes
             raise HostMemoryError(
-                f"the host has no {format_bytes(nbytes)} more to pin ({error}): make the cache with "
-                "a smaller max_length, or hold some layers on the device"
+                f"the host has no {format_bytes(nbytes)} more to pin ({error}): make the cache "
+                "with a smaller max_length, or hold some layers on the device"
             ) from error
 
-    def take(self, store: "HostStore", group: int, least: int) -> tuple[int, tuple[Tensor, Tensor]]:
+    def take(
+        self, store: "HostStore", group: int, least: int
+    ) -> tuple[int, tuple[Tensor, Tensor]]:
         """A place with the keys and values of one group of heads, and the next group on its way.
 
         Args:
@@ -94,7 +95,7 @@ class Stage:
         assert self._coming is not None, "bug in memopt"
         columns, place = self._coming[2], self.places[self._turn]
         if self.stream is not None:
-            torch.cuda.current_stream().wait_stream(self.stream)
+            torch.cuda.current_stream(place[0].device).wait_stream(self.stream)
         self._turn = 1 - self._turn
         self._fetch(*self._after(store, group))
         return columns, place
@@ -117,9 +118,16 @@ class Stage:
 
     def beside(self) -> Any:
         """Run on the stream of copies, after all that the step has enqueued so far."""
-        if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream())
+        device = self.places[0][0].device
+        if device.type == "cuda":
+            self.stream = self.stream or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self.stream.wait_stream(torch.cuda.current_stream(device))
         return torch.cuda.stream(self.stream)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For ``copy.deepcopy``: a copy has a stream of its own."""
+        self.settle()
+        return self.__dict__ | {"stream": None}
 
     def settle(self) -> None:
         """Wait for all copies, and forget what is on its way: the host's memory will change."""
@@ -145,6 +153,11 @@ class HostStore(ColumnStore):
         self.master: tuple[Tensor, ...] = ()
         self.heads = self.held = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For ``copy.deepcopy``, which reads what copies may still be writing."""
+        self.stage.settle()
+        return self.__dict__
+
     @property
     def at_once(self) -> int:
         return self.stage.heads
@@ -154,6 +167,7 @@ class HostStore(ColumnStore):
         """Groups of heads that are on the device one after another."""
         return -(-self.heads // self.stage.heads)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def allocate(self, k: Tensor, v: Tensor) -> None:
         self.stage.allocate(k, v, self.max_length)
         self.heads = k.shape[1]
@@ -172,7 +186,7 @@ class HostStore(ColumnStore):
         place = batch * self.stage.heads * self.max_length * sum(widths) * itemsize
         return 2 * place if is_first else 0
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attend(self, step: Step, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         self._new = (k, v)
         step = step._replace(first=int(step.columns[0]))  # what compiled code does not know
@@ -229,9 +243,10 @@ class HostStore(ColumnStore):
 class HostCache(HeadCache):
     """A cache on the host, of which the device holds ``2 * A`` heads.
 
-    Pays: on a GPU the bytes of two heads are left of all layers' heads; results are those of a cache
-    on the device. Does not: in decoding by few sequences at once, as all keys cross the link for
-    every token: 16 GiB at 25 GB/s are 0.7 s. It does not compile whole; copies are the host's to decide.
+    Pays: on a GPU the bytes of two heads are left of all layers' heads; results are those of a
+    cache on the device. Does not: in decoding by few sequences at once, as all keys cross the
+    link for every token: 16 GiB at 25 GB/s are 0.7 s. It does not compile whole; copies are the
+    host's to decide.
 
     Args:
         config: the model's.
@@ -246,7 +261,9 @@ class HostCache(HeadCache):
         shape, length = Shape.of(config), checked_length(max_length)
         self.stage = Stage(heads)
         stores = [
-            self.stage.store(length) if window is None or window >= length else WindowStore(window, 0)
+            self.stage.store(length)
+            if window is None or window >= length
+            else WindowStore(window, 0)
             for window in shape.windows
         ]
         super().__init__([HeadLayer([(range(shape.heads), store)], length) for store in stores])

@@ -1,91 +1,25 @@
 """A cache's layer: heads of keys in groups, and for each group a store that holds and attends.
 
 Transformers' models hand a cache new keys and values, and hand attention whatever the cache
-returns. Here that is a `Pending`: the new tensors and the layer that will hold them. The attention
-function that `memopt.cache_attention` registers gives it the queries, and each store attends over
-what it holds in the form in which it holds it. So nothing is widened, joined or expanded that a
-store need not.
+returns. Here that is a `Pending`: the new tensors and the layer that will hold them. The
+attention function that `memopt.cache_attention` registers gives it the queries, and each store
+attends over what it holds in the form in which it holds it. So nothing is widened, joined or
+expanded that a store need not.
 
 Legend: as in `memopt.cache_rows`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from memopt._torch import mark_static_address
 from memopt._transformers import Cache, CacheLayerMixin
+from memopt.cache_rows import grouped_queries
+from memopt.cache_store import Step, Store
 from memopt.errors import ConfigError
-
-
-class Step(NamedTuple):
-    """New columns, as every store of a layer needs to know them.
-
-    Attributes:
-        columns: `(n,)`, their places.
-        first: the first of them, where that is known without asking the device; else None, which
-            is so in compiled code.
-        positions: `(B, n)`, how many of a sequence's tokens lie before each; without meaning in
-            columns of padding.
-        past: `(B,)`, tokens of each sequence before these.
-        real: `(B, n)`, False in columns of padding; None where there are none.
-        padding: `(B, N)`, the same of all columns.
-    """
-
-    columns: Tensor
-    first: int | None
-    positions: Tensor
-    past: Tensor
-    real: Tensor | None
-    padding: Tensor | None
-
-    @property
-    def stop(self) -> int | None:
-        """The columns so far with these, where that is known."""
-        return None if self.first is None else self.first + len(self.columns)
-
-
-class Store:
-    """What holds the keys and values of some heads, and attends over them.
-
-    A subclass names in ``BATCHED`` its tensors whose first dimension is the batch, and in ``SHARED``
-    those without one.
-    """
-
-    BATCHED: ClassVar[tuple[str, ...]] = ("keys", "values")
-    SHARED: ClassVar[tuple[str, ...]] = ()
-    compileable: ClassVar[bool] = True
-
-    def allocate(self, k: Tensor, v: Tensor) -> None:
-        """Make room, on the device and in the dtype of the first keys and values."""
-        raise NotImplementedError
-
-    def attend(self, step: Step, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Take new keys and values in, and give the attention of the new queries."""
-        raise NotImplementedError
-
-    def bytes_for(self, batch: int, heads: int, widths: tuple[int, int], itemsize: int) -> int:
-        """Bytes on the device, by formula: ``widths`` are those of a key and of a value."""
-        raise NotImplementedError
-
-    def tensors(self) -> list[Tensor]:
-        """All that it holds on the device."""
-        return [getattr(self, name) for name in (*self.BATCHED, *self.SHARED)]
-
-    def reset(self) -> None:
-        """Forget all tokens, and keep the room."""
-
-    def reorder(self, rows: Tensor) -> None:
-        """Have row `i` hold what row `rows[i]` held, in the same memory."""
-        for name in self.BATCHED:
-            held = getattr(self, name)
-            held.copy_(held.index_select(0, rows.to(held.device)))
-
-    def replace_batch(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Hold another batch, made of this one."""
-        for name in self.BATCHED:
-            setattr(self, name, change(getattr(self, name)))
 
 
 class Pending:
@@ -140,13 +74,13 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         self.seen = torch.zeros((), dtype=torch.int64, device=device)
         self.lengths = torch.zeros(self.batch_size, dtype=torch.int64, device=device)
         joined = torch.tensor(self.order, device=device)
-        self.places = list(joined.split([len(heads) for heads in self.heads]))
+        self.places = [torch.tensor(heads, device=device) for heads in self.heads]
         self.inverse = joined.argsort()
         for place, store in zip(self.places, self.stores, strict=True):
             store.allocate(key_states[:, place, :0], value_states[:, place, :0])
         if not torch.compiler.is_compiling():
             for held in self.tensors():
-                torch._dynamo.mark_static_address(held)
+                mark_static_address(held)
         self.is_initialized = True
 
     def tensors(self) -> list[Tensor]:
@@ -174,11 +108,17 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         k, v = new.keys.detach(), new.values.detach()
         step = self._advance(k.shape[2], padding)
-        grouped = q.unflatten(1, (k.shape[1], -1))
+        grouped = grouped_queries(q, k.shape[1])
         if len(self.stores) == 1:
             return self.stores[0].attend(step, grouped, k, v, scale).flatten(1, 2)
         parts = [
-            store.attend(step, *(x.index_select(1, place) for x in (grouped, k, v)), scale)
+            store.attend(
+                step,
+                grouped.index_select(1, place),
+                k.index_select(1, place),
+                v.index_select(1, place),
+                scale,
+            )
             for place, store in zip(self.places, self.stores, strict=True)
         ]
         return torch.cat(parts, 1).index_select(1, self.inverse).flatten(1, 2)
@@ -259,10 +199,10 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class HeadCache(Cache):  # type: ignore[misc]
-    """A cache of such layers, of one kind or of several: ``HeadCache([*a.layers[:8], *b.layers[8:]])``.
+    """A cache of such layers, of one kind or of several.
 
     Args:
-        layers: one for each of the model's.
+        layers: one for each of the model's, as in ``[*a.layers[:8], *b.layers[8:]]``.
     """
 
     layers: list[HeadLayer]
@@ -294,7 +234,8 @@ class HeadCache(Cache):  # type: ignore[misc]
 
         Args:
             batch: sequences, with the beams of each.
-            widths: entries of a key and of a value, or one number for both: the model's ``head_dim``.
+            widths: entries of a key and of a value, or one number for both: the model's
+                ``head_dim``.
             dtype: of the model's keys and values.
         """
         both = (widths, widths) if isinstance(widths, int) else widths

@@ -1,12 +1,12 @@
 """Attention of grouped queries over keys that are never expanded, some rows at a time.
 
 Legend: ``B`` sequences, ``H`` heads of keys, ``G`` heads of queries for each, ``n`` new columns,
-``N`` columns of keys, ``D`` and ``E`` entries of a key and of a value. Queries are `(B, H, G, n, D)`,
-keys `(B, H, N, D)`, values `(B, H, N, E)`, results `(B, H, G, n, E)`. A column is a place in the
-batch's common sequence, padding included.
+``N`` columns of keys, ``D`` and ``E`` entries of a key and of a value. Queries are `(B, H, G, n,
+D)`, keys `(B, H, N, D)`, values `(B, H, N, E)`, results `(B, H, G, n, E)`. A column is a place in
+the batch's common sequence, padding included.
 
-Sources: a group's heads as rows of one product is FlashInfer's form of decoding: Ye et al. (2025),
-arXiv:2501.01005; grouped queries are those of Ainslie et al. (2023), arXiv:2305.13245.
+Sources: a group's heads as rows of one product is FlashInfer's form of decoding: Ye et al.
+(2025), arXiv:2501.01005; grouped queries are those of Ainslie et al. (2023), arXiv:2305.13245.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,6 +37,11 @@ def attended(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: flo
     return _by_group_head(
         q, lambda one: F.scaled_dot_product_attention(one, k, v, attn_mask=visible, scale=scale)
     )
+
+
+def grouped_queries(q: Tensor, heads: int) -> Tensor:
+    """Queries `(B, H * G, n, D)` by head of keys: `(B, H, G, n, D)`."""
+    return q.view(len(q), heads, -1, *q.shape[2:])
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -86,5 +91,7 @@ def over_columns(
             visible = visible & (there > own - window)
         if padding is not None:
             visible = visible & (padding[:, None, : k.shape[2]] | (there == own))
-        results.append(attended(q[:, :, :, rows], k, v, visible.view(-1, 1, *visible.shape[-2:]), scale))
+        results.append(
+            attended(q[:, :, :, rows], k, v, visible.view(-1, 1, *visible.shape[-2:]), scale)
+        )
     return torch.cat(results, 3)

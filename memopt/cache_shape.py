@@ -1,4 +1,4 @@
-"""What a cache needs to know of a model: its layers, their heads, and the windows it has itself."""
+"""What a cache needs to know of a model: its layers, their heads, and windows of its own."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -28,14 +28,18 @@ class Shape:
             ConfigError: its layers hold something else than keys and values of their own, or not
                 the same heads.
         """
-        if config.is_encoder_decoder:
-            raise ConfigError(f"{config.model_type}: memopt.cache serves decoders alone")
-        config = config.get_text_config(decoder=True)
+        if config.is_encoder_decoder or config.get_text_config(decoder=True) is not config:
+            raise ConfigError(
+                f"{config.model_type}: memopt.cache serves decoders of text; of a model with "
+                "other parts, take the language model"
+            )
         if getattr(config, "num_kv_shared_layers", 0):
             raise ConfigError(f"{config.model_type}: layers that share keys are not supported")
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         if not isinstance(heads, int):
-            raise ConfigError(f"num_key_value_heads={heads!r}: one number for all layers is needed")
+            raise ConfigError(
+                f"num_key_value_heads={heads!r}: one number for all layers is needed"
+            )
         kinds = _kinds(config)
         if set(kinds) - set(KINDS):
             raise ConfigError(
@@ -58,6 +62,7 @@ def checked_length(max_length: int) -> int:
     """``max_length``, which is a positive integer or a ``ConfigError``."""
     if not isinstance(max_length, int) or max_length < 1:
         raise ConfigError(
-            f"max_length={max_length!r}: a number of tokens, for the prompt and all that is generated"
+            f"max_length={max_length!r}: a number of tokens, for the prompt and all that is "
+            "generated"
         )
     return max_length

@@ -1,13 +1,13 @@
 """A cache whose heads each look back as far as they need, and hold no more.
 
 Many heads of a language model look at the newest tokens and at the first ones only. A head with a
-span holds those: a ring of its newest tokens beside the first, its sinks. Heads of a layer with the
-same span share buffers.
+span holds those: a ring of its newest tokens beside the first, its sinks. Heads of a layer with
+the same span share buffers.
 
 Sources: sinks and a window are StreamingLLM's: Xiao et al. (2024), "Efficient streaming language
-models with attention sinks", arXiv:2309.17453; a window for some heads and all tokens for others is
-DuoAttention's: Xiao et al. (2025), arXiv:2410.10819; spans of many sizes are MoA's: Fu et al. (2024),
-arXiv:2406.14909.
+models with attention sinks", arXiv:2309.17453; a window for some heads and all tokens for others
+is DuoAttention's: Xiao et al. (2025), arXiv:2410.10819; spans of many sizes are MoA's: Fu et al.
+(2024), arXiv:2406.14909.
 
 Legend: as in `memopt.cache_rows`; ``W`` is the span and ``S`` the number of sinks.
 """
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from memopt.cache_columns import FullStore
-from memopt.cache_layer import HeadCache, HeadLayer, Step, Store
+from memopt.cache_layer import HeadCache, HeadLayer
 from memopt.cache_rows import attended, row_blocks
 from memopt.cache_shape import Shape, checked_length
+from memopt.cache_store import Step, Store
 from memopt.errors import ConfigError
 
 Span = int | None
@@ -31,8 +32,8 @@ class WindowStore(Store):
     """The first ``S`` tokens of a sequence, and a ring of its newest ``W``: `(B, H, S + W, D)`.
 
     The token at position ``p`` lies in slot ``p`` up to ``S``, and from there on in
-    ``S + (p - S) % W``. Positions count tokens: padding takes no slot, so sequences of a batch are
-    each at their own place in the ring, and each has its own sinks.
+    ``S + (p - S) % W``. Positions count tokens: padding takes no slot, so sequences of a batch
+    are each at their own place in the ring, and each has its own sinks.
 
     Args:
         span: ``W``, the tokens that a query sees, its own included.
@@ -89,7 +90,7 @@ class WindowStore(Store):
         return attended(q, self.keys, self.values, visible[:, None, None], scale)
 
     def _write_many(self, step: Step, k: Tensor, v: Tensor) -> None:
-        """Each slot looks up the last token that belongs in it, so no order of writing matters."""
+        """Each slot looks up the last token that belongs in it: no order of writing matters."""
         n, slots = k.shape[2], self._slots(k)
         tokens = (step.past + (n if step.real is None else step.real.sum(1)))[:, None]
         last = torch.where(slots < self.sinks, slots, self._newest(slots, tokens))
@@ -109,7 +110,7 @@ class WindowStore(Store):
         return torch.arange(self.room, device=like.device)
 
     def _ring(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values and positions of the ring before the new tokens; -1 where there is none."""
+        """Keys, values and positions, -1 where there is none, of the ring as it was before."""
         slots, past = self._slots(self.keys)[self.sinks :], step.past[:, None]
         positions = torch.where(past > slots, self._newest(slots, past), -1)
         return (
@@ -156,17 +157,18 @@ def _padding_leads(step: Step) -> bool:
 class HeadSpanCache(HeadCache):
     """A cache with a span for every head.
 
-    Pays: `(S + W) / N` of the bytes of each head with a span, and as much of its time in decoding.
-    Does not: in a model that needs all of its heads' past; quality is the spans', so take them from
-    a profile, and check them on held-out text. With ``None`` for every head nothing is lost.
+    Pays: `(S + W) / N` of the bytes of each head with a span, and as much of its time in
+    decoding. Does not: in a model that needs all of its heads' past; quality is the spans', so
+    take them from a profile, and check them on held-out text. With ``None`` for every head
+    nothing is lost.
 
     Args:
         config: the model's.
         spans: for each layer the span of each of its heads of keys: tokens that a query sees, its
             own included, or None for all.
         max_length: tokens of the prompt and all that is generated, at most.
-        sinks: the first tokens of a sequence that every head sees besides its span; layers that have
-            a window in the model itself have none.
+        sinks: the first tokens of a sequence that every head sees besides its span, for all layers
+            or for each; layers that have a window in the model itself have none.
         full: what makes the store of the heads without a span, such as
             ``partial(QuantizedStore, bits=4)`` or the ``store`` of a `memopt.cache.Stage`.
 
@@ -179,30 +181,35 @@ class HeadSpanCache(HeadCache):
         config: Any,
         spans: Sequence[Sequence[Span]],
         max_length: int,
-        sinks: int = 4,
+        sinks: int | Sequence[int] = 4,
         full: Callable[[int], Store] = FullStore,
     ) -> None:
         shape, length = Shape.of(config), checked_length(max_length)
-        _check(spans, sinks, shape)
+        by_layer = [sinks] * len(shape.windows) if isinstance(sinks, int) else list(sinks)
+        _check(spans, by_layer, shape)
         super().__init__(
             [
-                HeadLayer(_groups(list(layer), window, sinks, length, full), length)
-                for layer, window in zip(spans, shape.windows, strict=True)
+                HeadLayer(_groups(list(layer), window, first, length, full), length)
+                for layer, window, first in zip(spans, shape.windows, by_layer, strict=True)
             ]
         )
 
 
-def _check(spans: Sequence[Sequence[Span]], sinks: int, shape: Shape) -> None:
+def _check(spans: Sequence[Sequence[Span]], sinks: list[int], shape: Shape) -> None:
     if [len(layer) for layer in spans] != [shape.heads] * len(shape.windows):
         raise ConfigError(
             f"spans of {[len(layer) for layer in spans]} heads: this model has "
-            f"{len(shape.windows)} layers of {shape.heads} heads of keys, and each needs a span or None"
+            f"{len(shape.windows)} layers of {shape.heads} heads of keys, and each needs a span "
+            "or None"
         )
     for span in (span for layer in spans for span in layer):
         if span is not None and (not isinstance(span, int) or span < 1):
             raise ConfigError(f"span={span!r}: a number of tokens from 1 on, or None for all")
-    if not isinstance(sinks, int) or sinks < 0:
-        raise ConfigError(f"sinks={sinks!r}: a number of tokens from 0 on")
+    if len(sinks) != len(shape.windows) or any(not isinstance(n, int) or n < 0 for n in sinks):
+        raise ConfigError(
+            f"sinks={sinks!r}: a number of tokens from 0 on, or one for each of the "
+            f"{len(shape.windows)} layers"
+        )
 
 
 def _groups(

@@ -15,7 +15,7 @@ LAYERS: tuple[str, ...] = (
     "errors remarks timeline units _torch row_index",
     "lazy_stamps row_ir",
     "_versions budget device graph plan ledger fusion emit lazy_rows storage_meter row_body "
-    "cache_rows cache_shape cache_codes",
+    "cache_rows cache_shape cache_codes cache_store",
     "config joint record kernels lazy_rules row_nodes row_rules row_tiling _transformers",
     "schedule page mincut workspace trials lives lazy_logits losses row_reader row_kernel "
     "cache_layer",
