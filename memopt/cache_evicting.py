@@ -98,9 +98,7 @@ class KeptStore(Store):
         rows = slice(n - newest, n)
         mass = observed_attention(q[:, :, :, rows], k, _visible(there, n, rows), scale)
         older = all_tokens - newest
-        scores = F.max_pool1d(mass[..., :older], NEAR, 1, NEAR // 2) if older else mass[..., :0]
-        scores = scores.masked_fill(~there[:, None, :older], -1.0)  # after all that are there
-        chosen = scores.topk(min(self.kept, older), -1).indices
+        chosen = _best(mass[..., :older], there[:, None, :older])[..., : self.kept]
         self.is_held.zero_()
         for held, new in ((self.keys, k), (self.values, v)):
             index = chosen[..., None].expand(-1, -1, -1, held.shape[3])
@@ -112,6 +110,20 @@ class KeptStore(Store):
         self.entered.fill_(newest)
         stays = mass.gather(2, chosen).sum(2) + mass[..., older:].sum(2)
         self.lost.copy_(1 - (stays / mass.sum(2).clamp(min=1e-30)).mean())
+
+
+def _best(mass: Tensor, there: Tensor) -> Tensor:
+    """Tokens in the order in which they are kept: `(B, H, N)`.
+
+    First by the best of their neighbours, and where they share it by their own attention, so that
+    the order does not depend on the device; those that are not there come last.
+    """
+    if not mass.shape[2]:
+        return mass.new_empty(mass.shape, dtype=torch.int64)
+    near = F.max_pool1d(mass, NEAR, 1, NEAR // 2).masked_fill(~there, -1.0)
+    by_own = mass.argsort(dim=-1, descending=True, stable=True)
+    by_near = near.gather(2, by_own).argsort(dim=-1, descending=True, stable=True)
+    return by_own.gather(2, by_near)
 
 
 def _visible(there: Tensor, n: int, rows: slice) -> Tensor:

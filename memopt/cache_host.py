@@ -37,7 +37,7 @@ class Stage:
     def __init__(self, heads: int = 1) -> None:
         if not isinstance(heads, int) or heads < 1:
             raise ConfigError(f"heads={heads!r}: a number of heads from 1 on")
-        self.heads = heads
+        self.heads, self.max_length = heads, 0
         self.arena = Arena()
         self.stores: list[HostStore] = []
         self.places: list[tuple[Tensor, Tensor]] = []
@@ -48,15 +48,29 @@ class Stage:
     def store(self, max_length: int) -> "HostStore":
         """A store whose heads pass through here, after those of the stores before it."""
         self.stores.append(HostStore(max_length, self))
+        self.max_length = max(self.max_length, max_length)
         return self.stores[-1]
 
-    def allocate(self, k: Tensor, v: Tensor, max_length: int) -> None:
-        """Make the places, where the first store has not done so."""
+    def bytes_for(self, batch: int, widths: tuple[int, int], itemsize: int) -> int:
+        """Bytes on the device, by formula; once, however many stores there are."""
+        return 2 * batch * self.heads * self.max_length * sum(widths) * itemsize
+
+    def allocate(self, k: Tensor, v: Tensor) -> None:
+        """Make the places, where the first store has not done so.
+
+        Raises:
+            ConfigError: they are on another device.
+        """
         if self.places:
+            if self.places[0][0].device != k.device:
+                raise ConfigError(
+                    f"layers on {self.places[0][0].device} and {k.device}: a HostCache serves a "
+                    "model on one device; make a HeadCache of a Stage's stores for each"
+                )
             return
 
         def place(x: Tensor) -> Tensor:
-            return x.new_zeros(len(x), self.heads, max_length, x.shape[3])
+            return x.new_zeros(len(x), self.heads, self.max_length, x.shape[3])
 
         self.places = [(place(k), place(v)) for _ in range(2)]
 
@@ -169,7 +183,7 @@ class HostStore(ColumnStore):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def allocate(self, k: Tensor, v: Tensor) -> None:
-        self.stage.allocate(k, v, self.max_length)
+        self.stage.allocate(k, v)
         self.heads = k.shape[1]
 
         def room(x: Tensor) -> Tensor:
@@ -182,9 +196,11 @@ class HostStore(ColumnStore):
         return [x for place in self.stage.places for x in place]
 
     def bytes_for(self, batch: int, heads: int, widths: tuple[int, int], itemsize: int) -> int:
-        is_first = self.stage.stores[0] is self  # the places are counted once
-        place = batch * self.stage.heads * self.max_length * sum(widths) * itemsize
-        return 2 * place if is_first else 0
+        return 0  # the stage's are counted once
+
+    @property
+    def shared(self) -> Stage:
+        return self.stage
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attend(self, step: Step, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -197,8 +213,9 @@ class HostStore(ColumnStore):
 
     def write(self, step: Step, k: Tensor, v: Tensor) -> None:
         first, stop = self.held, self.held + len(step.columns)
+        whole = (k.contiguous(), v.contiguous())  # here, so that copies alone are beside the step
         with self.stage.beside():
-            for held, new in zip(self.master, (k.contiguous(), v.contiguous()), strict=True):
+            for held, new in zip(self.master, whole, strict=True):
                 for row in range(new.shape[0]):
                     for head in range(new.shape[1]):
                         held[row, head, first:stop].copy_(new[row, head], non_blocking=True)
@@ -233,7 +250,7 @@ class HostStore(ColumnStore):
         if len(places[0]) != len(changed[0]):
             self.stage.places = []
             like = [place.new_empty(len(changed[0]), 0, 0, place.shape[3]) for place in places]
-            self.stage.allocate(like[0], like[1], self.max_length)
+            self.stage.allocate(*like)
         self.master = tuple(
             self.stage.host_empty(tuple(x.shape), place).copy_(x)
             for x, place in zip(changed, places, strict=True)

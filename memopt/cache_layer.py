@@ -20,6 +20,7 @@ from memopt._transformers import Cache, CacheLayerMixin
 from memopt.cache_rows import grouped_queries
 from memopt.cache_store import Step, Store
 from memopt.errors import ConfigError
+from memopt.storage_meter import storage_key
 
 
 class Pending:
@@ -190,7 +191,7 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         )
 
     def bytes_for(self, batch: int, widths: tuple[int, int], itemsize: int) -> int:
-        """Bytes on the device, by formula."""
+        """Bytes on the device, by formula, without what it shares with other layers."""
         counters = 8 + 8 * batch + 2 * 8 * len(self.order)
         return counters + sum(
             store.bytes_for(batch, len(heads), widths, itemsize)
@@ -217,7 +218,7 @@ class HeadCache(Cache):  # type: ignore[misc]
     def held_bytes(self) -> int:
         """Bytes of the memory that is held on the device, each storage once."""
         storages = {
-            held.untyped_storage()._cdata: held.untyped_storage().nbytes()
+            storage_key(held): held.untyped_storage().nbytes()
             for layer in self.layers
             if layer.is_initialized
             for held in layer.tensors()
@@ -239,4 +240,6 @@ class HeadCache(Cache):  # type: ignore[misc]
             dtype: of the model's keys and values.
         """
         both = (widths, widths) if isinstance(widths, int) else widths
-        return sum(layer.bytes_for(batch, both, dtype.itemsize) for layer in self.layers)
+        own = sum(layer.bytes_for(batch, both, dtype.itemsize) for layer in self.layers)
+        shared = {store.shared for store in self.stores()} - {None}
+        return own + sum(int(each.bytes_for(batch, both, dtype.itemsize)) for each in shared)

@@ -59,6 +59,11 @@ class Store:
         """Bytes on the device, by formula: ``widths`` are those of a key and of a value."""
         raise NotImplementedError
 
+    @property
+    def shared(self) -> Any:
+        """What it shares with stores of other layers, with a ``bytes_for`` of its own, or None."""
+        return None
+
     def tensors(self) -> list[Tensor]:
         """All that it holds on the device."""
         return [
