@@ -72,7 +72,8 @@ def attention(
 
 
 def _refuse(dropout: float, is_causal: bool, others: dict[str, Any]) -> None:
-    if not others.get("is_causal", is_causal):
+    asked = others.get("is_causal")
+    if not (is_causal if asked is None else asked):
         raise ConfigError("attention that is not causal: memopt.cache serves decoders alone")
     if dropout:
         raise ConfigError(f"attention with dropout={dropout}: call model.eval() first")

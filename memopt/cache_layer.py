@@ -92,6 +92,11 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if len(key_states) != self.batch_size:
+            raise ConfigError(
+                f"{len(key_states)} sequences: the cache holds {self.batch_size}, beams included; "
+                "make another for another batch"
+            )
         pending = Pending(self, key_states, value_states)
         return pending, pending
 
@@ -140,12 +145,12 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
             self.known = None  # written, not read: a guard on it would compile for each length
             return None
         first = int(self.seen) if self.known is None else self.known
-        self.known = first + n
-        if self.known > self.max_length:
+        if first + n > self.max_length:
             raise ConfigError(
-                f"{self.known} tokens: the cache has room for max_length={self.max_length}; "
+                f"{first + n} tokens: the cache has room for max_length={self.max_length}; "
                 "make it with room for the prompt and all that is generated"
             )
+        self.known = first + n
         return first
 
     def get_seq_length(self) -> Any:

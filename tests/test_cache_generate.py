@@ -206,6 +206,15 @@ def test_more_tokens_than_there_is_room_for_are_an_error_with_the_number() -> No
             generated(model, prompts(padding=padding), cache=cache)
 
 
+def test_another_batch_is_an_error_with_both_sizes() -> None:
+    model = caches.prepare(tiny())
+    cache = EXACT["spans"](model.config)
+    generated(model, prompts(), cache=cache)
+    cache.reset()
+    with pytest.raises(ConfigError, match="6 sequences: the cache holds 2, beams included"):
+        generated(model, prompts(), "beams", cache=cache)
+
+
 def test_masks_that_are_more_than_causal_are_refused() -> None:
     model = caches.prepare(tiny())
     cache = EXACT["spans"](model.config)
