@@ -113,12 +113,16 @@ class _ReadableSteps(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        are_real = given and not any(isinstance(x, FakeTensor) for x in given)
-        if func is torch.linspace or (are_real and all(x.numel() <= _READ for x in given)):
+        kwargs = kwargs or {}
+        read = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if func is torch.linspace:
+            read.append(func(*args, **kwargs))
+        elif any(isinstance(x, FakeTensor) for x in read):
+            read = []
+        if read and all(x.device.type == "cpu" and x.numel() <= _READ for x in read):
             with disable_modes():
-                return func(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 @dataclasses.dataclass(frozen=True)

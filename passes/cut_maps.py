@@ -7,7 +7,7 @@ last one ended, at every operator: the few rows that overlap are kept, so nothin
 twice. Results are written where they belong, over the rows of an input that dies, where one does.
 
 Runs under a budget that nothing else fits, and for the lowest peak, on graphs without a backward.
-Pays: bytes of maps, at a peak among them. Does not: in time, by smaller convolutions and copies.
+Pays: bytes of maps, at a peak among them. Does not: in time, by smaller convolutions.
 Exact: each number is computed as before, but for the order of sums in products of matrices and in
 attention, which their libraries may choose by the number of rows.
 
@@ -291,11 +291,11 @@ class _Cut:
             if node.target is aten.convolution.default and not node.args[6]:
                 weight: Any = node.args[1]
                 layout = channels_last(weight.meta["val"])
-                if layout is not torch.preserve_format:
-                    turned = call(
-                        self.graph, aten.clone.default, weight, memory_format=layout, like=node
+                if layout is not torch.preserve_format and weight not in self.weights:
+                    whole, turn = self.room.current(weight), aten.clone.default
+                    self.weights[weight] = call(
+                        self.graph, turn, whole, memory_format=layout, like=node
                     )
-                    self.weights[weight] = turned
 
     def _ends(self, pieces: int) -> list[dict[fx.Node, int]]:
         """For each piece the row before which it ends, of every value."""

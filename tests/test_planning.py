@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import memopt
 from bench.meter import Meter
 from bench.zoo.language import LanguageModel
+from memopt._torch import FakeTensor
 from memopt.cli import main
 from tests.training import train_step
 
@@ -72,6 +73,8 @@ def test_a_model_may_read_the_rates_of_its_layers() -> None:
             rates = [*first, *second, *(x.item() for x in torch.linspace(0, 1, 3))]
             self.layers = nn.ModuleList(nn.Linear(8, 8) for rate in rates if rate < 0.4)
             self.register_buffer("scale", torch.linspace(0, 1, 8))
+            for other in (torch.linspace(0, 1, 8, device="cuda"), torch.linspace(0, 1, 10**9)):
+                assert isinstance(other, FakeTensor)  # no device, no memory
 
         def forward(self, x: Tensor) -> Any:
             for layer in self.layers:
