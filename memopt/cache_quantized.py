@@ -2,10 +2,9 @@
 
 A few channels of keys are large in all tokens, so keys have a step for each channel of a block of
 tokens; values have none such, and a step for each token. The newest two blocks are in full
-precision, as a block's steps are known when it is full. So are the first tokens of a sequence,
-its
+precision, as a block's steps are known when it is full. So are the first tokens of a sequence, its
 sinks: much of all attention goes to them, so that an error there is in every result, and their
-    keys are unlike others, so that they would make the steps of their block large.
+keys are unlike others, so that they would make the steps of their block large.
 
 Sources: steps by channel and by token, and the newest tokens as they are: KIVI, Liu et al.
 (2024), arXiv:2402.02750; the first token as it is: KVQuant, Hooper et al. (2024),
