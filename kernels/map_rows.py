@@ -12,14 +12,13 @@ Source: memopt's own.
 import torch
 from torch import Tensor
 
-torch.library.define(
-    "memopt::put_rows",
-    "(Tensor x, Tensor rows, int dim, int start, int channel) -> Tensor",
-    tags=(torch.Tag.flexible_layout,),
-)
-torch.library.define(
-    "memopt::keep_rows", "(Tensor rows) -> Tensor", tags=(torch.Tag.needs_fixed_stride_order,)
-)
+for _schema in (
+    "put_rows(Tensor x, Tensor rows, int dim, int start, int channel) -> Tensor",
+    "keep_rows(Tensor rows, MemoryFormat layout) -> Tensor",
+):
+    _name, _arguments = _schema.split("(")
+    _tags = (torch.Tag.flexible_layout,)
+    torch.library.define(f"memopt::{_name}", f"({_arguments}", tags=_tags)
 PUT = torch.ops.memopt.put_rows.default
 KEEP = torch.ops.memopt.keep_rows.default
 
@@ -34,9 +33,9 @@ def _put(x: Tensor, rows: Tensor, dim: int, start: int, channel: int) -> Tensor:
     return changed
 
 
-def _keep(rows: Tensor) -> Tensor:
-    """A copy, dense in the same order of dimensions."""
-    return rows.clone()
+def _keep(rows: Tensor, layout: torch.memory_format) -> Tensor:
+    """A copy in a layout."""
+    return rows.clone(memory_format=layout)
 
 
 for _name, _function in (("put_rows", _put), ("keep_rows", _keep)):

@@ -401,4 +401,5 @@ class _Cut:
         if first >= min(rows.end, following.start) or first == rows.start:
             return rows
         part = narrowed(self.graph, rows, self.dims[node], first, rows.end)
-        return Rows(call(self.graph, KEEP, part.node, like=node), first, rows.end)
+        layout = channels_last(part.node.meta["val"])
+        return Rows(call(self.graph, KEEP, part.node, layout, like=node), first, rows.end)

@@ -40,6 +40,42 @@ def put(
     return made
 
 
+def part(x: fx.Node, dim: int, channel: int, width: int, *, like: fx.Node) -> fx.Node:
+    """The room in a map of a value with fewer channels, and the same size otherwise.
+
+    Where each row of the map has all its channels, the value has a stretch of each row, and lies
+    dense in it: entries of its own are neighbours. Else it has some channels of the map.
+
+    Args:
+        x: the map.
+        dim: of its rows.
+        channel: of the map, the first whose room is taken.
+        width: how many.
+        like: the value.
+    """
+    whole = x.meta["val"]
+    shape, strides = [*whole.shape], [*whole.stride()]
+    if whole.dim() <= _CHANNELS or dim == _CHANNELS or shape[_CHANNELS] == width:
+        return x
+    shape[_CHANNELS] = width
+    inner = [d for d in range(whole.dim()) if strides[d] < strides[dim]]
+    if _CHANNELS not in inner or _base(x).target is not aten.empty_strided.default:
+        ends = _CHANNELS, channel, channel + width
+        return call(x.graph, aten.slice.Tensor, x, *ends, like=like)
+    size = 1
+    for d in sorted(inner, key=strides.__getitem__):
+        strides[d], size = size, size * shape[d]
+    offset = channel * size // width
+    return call(x.graph, aten.as_strided.default, x, shape, strides, offset, like=like)
+
+
+def _base(x: fx.Node) -> fx.Node:
+    """The map as it was before any rows were put into it, whose layout is known."""
+    while x.target is PUT:
+        x = x.args[0]  # type: ignore[assignment]
+    return x
+
+
 def empty(node: fx.Node, value: torch.Tensor) -> fx.Node:
     """Memory for a value.
 
@@ -54,17 +90,20 @@ def empty(node: fx.Node, value: torch.Tensor) -> fx.Node:
     return made
 
 
+def width_of(node: fx.Node) -> int:
+    """Channels of a value, 1 where it has none."""
+    shape = node.meta["val"].shape
+    return int(shape[_CHANNELS]) if len(shape) > _CHANNELS else 1
+
+
 @disable_modes()
 def write_in_place(graph: fx.Graph) -> None:
     """Where rows are put into a map, put them into that very map: nothing reads it as it was."""
     for node in graph.find_nodes(op="call_function", target=PUT):
         x, rows, dim, start, channel = node.args
-        shape, whole = rows.meta["val"].shape, x.meta["val"].shape
+        shape = rows.meta["val"].shape
         with graph.inserting_before(node):
-            place = x
-            if dim > _CHANNELS and shape[_CHANNELS] != whole[_CHANNELS]:
-                channels = _CHANNELS, channel, channel + shape[_CHANNELS]
-                place = call(graph, aten.slice.Tensor, x, *channels, like=node)
+            place = part(x, dim, channel, width_of(rows), like=node)
             places = *[None] * dim, _places(x, start, start + shape[dim])
             call(graph, aten.index_put_.default, place, places, rows, like=node)
         node.replace_all_uses_with(x)

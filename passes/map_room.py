@@ -15,7 +15,7 @@ from memopt._torch import pytree
 from memopt.graph import aten, is_view
 from memopt.passes.joint_nodes import call
 from memopt.passes.map_attention import ATTENTIONS
-from memopt.passes.map_moves import empty, put
+from memopt.passes.map_moves import empty, part, put, width_of
 from memopt.passes.map_reads import Rows, Rule
 from memopt.passes.map_rules import REDUCTIONS, VIEWS
 
@@ -47,12 +47,8 @@ class Room:
         """A value as it is by now."""
         if node not in self.places:
             return self.moved.get(node, node)
-        owner, channel, _ = self.places[node]
-        whole, width = self.maps[owner], _width(node)
-        if _width(whole) == width:
-            return whole
-        channels = _CHANNELS, channel, channel + width
-        return call(whole.graph, aten.slice.Tensor, whole, *channels, like=node)
+        owner, channel, dim = self.places[node]
+        return part(self.maps[owner], dim, channel, width_of(node), like=node)
 
     def put(self, node: fx.Node, rows: Rows) -> None:
         """Some rows of a value go to its place."""
@@ -101,7 +97,7 @@ class Room:
                 return True
             return other in dims and any(e[node] > e[other] for e in ends)
 
-        width = _width(node)
+        width = width_of(node)
         owners = dict.fromkeys(owner for owner, *_ in self.places.values())
         for owner in () if node in self.alone else owners:
             values = [n for n, (own, *_) in self.places.items() if own is owner]
@@ -113,7 +109,7 @@ class Room:
             for channel in (0, *(end for _, end in spans)):
                 last = channel + width
                 clear = all(last <= first or end <= channel for first, end in spans)
-                if clear and last <= _width(self.maps[owner]):
+                if clear and last <= width_of(self.maps[owner]):
                     self.places[node] = owner, channel, dims[node]
                     return
         self.maps[node] = self._empty(node)
@@ -128,7 +124,7 @@ class Room:
 
     def _channels(self, node: fx.Node) -> tuple[int, int]:
         first = self.places[node][1]
-        return first, first + _width(node)
+        return first, first + width_of(node)
 
     def _fits(self, node: fx.Node, owner: fx.Node, dim: int) -> bool:
         """Whether a result has the rows of a map, and, where it is returned, all of it."""
@@ -192,8 +188,3 @@ def _is_own(node: fx.Node) -> bool:
 
 def _is_returned(node: fx.Node) -> bool:
     return any(u.op == "output" or (is_view(u) and _is_returned(u)) for u in node.users)
-
-
-def _width(node: fx.Node) -> int:
-    shape = node.meta["val"].shape
-    return int(shape[_CHANNELS]) if len(shape) > _CHANNELS else 1

@@ -18,7 +18,7 @@ from memopt.graph import aten
 from memopt.kernels.map_rows import KEEP, PUT
 from memopt.passes import CUT_MAPS
 from memopt.passes.joint_nodes import call
-from memopt.passes.map_moves import put, take, write_in_place
+from memopt.passes.map_moves import empty, part, put, take, write_in_place
 
 
 def traced(module: nn.Module, x: Tensor) -> tuple[fx.GraphModule, Callable[[Tensor], Any]]:
@@ -456,9 +456,32 @@ def test_rows_go_to_their_channels_of_the_very_map() -> None:
             assert torch.equal(x, expected)
 
 
-def test_rows_are_kept_in_the_layout_of_their_map() -> None:
-    x = torch.randn(2, 3, 8, 5).to(memory_format=torch.channels_last)
-    rows = KEEP(x[:, :, 2:5])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dim", [0, 2])
+def test_values_in_one_map_are_dense_in_their_rows(dim: int, layout: Any) -> None:
+    graph = fx.Graph()
+    like = torch.empty(2, 6, 4, 5).to(memory_format=layout)
+    with FakeTensorMode() as mode:
+        origin = graph.placeholder("x")
+        origin.meta["val"] = mode.from_tensor(like)
+        map_ = empty(origin, torch.empty_like(origin.meta["val"]))
+        parts = [part(map_, dim, 0, 2, like=origin), part(map_, dim, 2, 4, like=origin)]
+    graph.output([map_, *parts])
+    whole, few, many = fx.GraphModule({}, graph)(like)
+    for number, value in enumerate((few, many)):
+        value.copy_(torch.full_like(value, number))
+        row = value[0, :, 0] if dim == 2 else value[0]
+        if dim == 0 or layout is torch.channels_last:  # all channels of a row lie together
+            assert row.is_contiguous() or row.movedim(0, -1).is_contiguous()
+    assert few.eq(0).all()
+    assert many.eq(1).all()
+    for rows in whole.unbind(dim):
+        assert rows.sum() == many.select(dim, 0).numel()  # nothing beyond its own row
+
+
+def test_rows_are_kept_in_the_layout_that_is_asked_for() -> None:
+    x = torch.randn(2, 3, 8, 5)
+    rows = KEEP(x[:, :, 2:5], torch.channels_last)
     assert torch.equal(rows, x[:, :, 2:5])
     assert rows.is_contiguous(memory_format=torch.channels_last)
 
