@@ -54,6 +54,7 @@ _HEADLINE = (
     Case(name="llama_head_small", model="llama_head", size="small", peers=HEADS),
     Case(name="clip_head", model="clip_head", peers=QUICK),
     Case(name="vae_decoder_forward", model="vae_decoder", peers=_DECODERS, trains=False),
+    Case(name="chunk_encoder_forward", model="chunk_encoder", peers=QUICK, trains=False),
     Case(name="resnet50_frozen_norm", model="resnet50_frozen_norm", peers=NORMS),
 )
 _TABLE = (

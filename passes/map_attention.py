@@ -42,7 +42,7 @@ ATTENTIONS: Mapping[Any, Sequence[str]] = {
 }
 _MASKS = ("attn_mask", "attn_bias")
 _BAND = "memopt_band"  # in a node's ``meta``
-_SMALL = 1 / 64  # of a mask: a block that becomes a constant
+_SMALL = 1 / 16  # of a mask: a block that becomes a constant
 _LENGTH = 2  # the dimension of queries and keys
 _NARROW = 0.5  # of the keys: what a band has at most
 _MOST = 2**27  # numbers of a mask that is computed while compiling

@@ -115,6 +115,18 @@ class ChunkEncoder(BlockModel):
         return x
 
 
+class FrameClassifier(nn.Module):
+    """A class for each position of an encoder of sound, and the loss of that."""
+
+    def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(width, classes)
+
+    def forward(self, sound: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.head(self.encoder(sound))
+        return F.cross_entropy(scores.flatten(0, 1), labels.flatten()), scores
+
+
 def chunk_encoder(
     mels: int,
     width: int,
@@ -135,3 +147,16 @@ def chunk_encoder(
         return {"sound": torch.randn(shape, generator=generator)}
 
     return Recipe(lambda: ChunkEncoder(mels, width, heads, depth, kernel, chunk, before), inputs)
+
+
+def frame_classifier(encoder: Recipe, width: int, classes: int) -> Recipe:
+    """The encoder with a class for each position."""
+
+    def inputs(seed: int) -> dict[str, Tensor]:
+        sound = encoder.inputs(seed)["sound"]
+        generator = torch.Generator().manual_seed(seed)
+        shape = len(sound), sound.shape[2] // _SUBSAMPLED
+        labels = torch.randint(classes, shape, generator=generator)
+        return {"sound": sound, "labels": labels}
+
+    return Recipe(lambda: FrameClassifier(encoder.build(), width, classes), inputs)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from bench.zoo import behaviours, decoders, hugging_face, language, vision, vision_library
+from bench.zoo import behaviours, decoders, hugging_face, language, speech, vision, vision_library
 from bench.zoo.model import Model, Recipe
 
 
@@ -94,6 +94,11 @@ _ENTRIES = (
             2, 64, 4, tuned="head", batch=2, side=32, patch=8),
         bench=vision_library.tuned_vit(
             6, 192, 3, tuned="head", batch=8, side=224, patch=16)),
+    _model("chunk_encoder", "conv transformer inference",
+        tiny=speech.frame_classifier(
+            speech.chunk_encoder(8, 16, 2, 2, batch=2, positions=64), 16, 32),
+        bench=speech.frame_classifier(
+            speech.chunk_encoder(32, 128, 4, 4, chunk=16, positions=2048), 128, 64)),
     _model("lm8", "transformer checkpoint inference",
         tiny=language.language_model(4, 64, 176, 256, 4, batch=2, length=64),
         bench=language.language_model(8, 256, 704, 2048, 4, batch=2, length=512)),
