@@ -26,6 +26,8 @@ AREA = 384 * 384
 _LEAST_SIDE, _LONGEST_SIDE = 64, 384
 # Products with fewer rows or columns are no faster in oneDNN.
 _LEAST_PRODUCT = 64
+# Products of other sizes are a fifth slower.
+_ALIGNED = 64
 _LOG2_E = math.log2(math.e)
 _LINEAR = torch.ops.mkldnn._linear_pointwise.default
 
@@ -53,6 +55,11 @@ class Heads:
     width: int
     span: int
     sinks: int
+
+    @property
+    def count(self) -> int:
+        """``T``."""
+        return _length([self.sequences]) * _length([self.heads])
 
     @property
     def side(self) -> int:
@@ -138,9 +145,10 @@ class Heads:
 
 
 def cut(parts: Sequence[slice], most: int) -> Iterator[list[slice]]:
-    """Parts of a sequence in pieces of at most ``most``, all about as long."""
-    total = sum(part.stop - part.start for part in parts)
+    """Parts of a sequence in pieces of at most ``most``, about as long as can be even."""
+    total = _length(parts)
     step = -(-total // max(1, -(-total // most)))
+    step = min(most, -(-step // _ALIGNED) * _ALIGNED)
     piece, room = list[slice](), step
     for part in parts:
         start = part.start
@@ -154,6 +162,21 @@ def cut(parts: Sequence[slice], most: int) -> Iterator[list[slice]]:
                 piece, room = [], step
     if piece:
         yield piece
+
+
+def rules(
+    spans: Sequence[int], sinks: Sequence[int], keys: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Spans and sinks of heads, with all keys for the span, and no sinks, where they cover these.
+
+    Args:
+        spans: of each head; 0 for all keys.
+        sinks: of each head.
+        keys: ``M``, all of them.
+    """
+    pairs = zip(map(size_hint, spans), map(size_hint, sinks), strict=True)
+    table = [(keys, 0) if not s or s + first >= keys else (s, first) for s, first in pairs]
+    return tuple(s for s, _ in table), tuple(first for _, first in table)
 
 
 def divide(
@@ -170,12 +193,8 @@ def divide(
     """
     batch, all_heads, queries, width = map(size_hint, q.shape)
     heads, keys = map(size_hint, k.shape[1:3])
-    table = [(size_hint(span), size_hint(first)) for span, first in zip(spans, sinks, strict=True)]
-    rules = [
-        (keys, 0) if not span or span + first >= keys else (span, first) for span, first in table
-    ]
     start = 0
-    for (span, first), run in groupby(rules):
+    for (span, first), run in groupby(zip(*rules(spans, sinks, keys), strict=True)):
         stop = start + sum(1 for _ in run)
         whole = Heads(
             sequences=slice(0, batch), heads=slice(start, stop), group=all_heads // heads,
@@ -236,11 +255,11 @@ def differentiate(
     sums = dq.zero_() if is_wide else torch.zeros_like(dq, dtype=wide_dtype(dq))
     dots = _dots(heads, dout, out)
     for keys in heads.key_chunks():
-        key, value = (heads.key_tile(t, [keys]) for t in (k, v))
+        key, value = heads.key_tile(k, [keys]) * (scale * _LOG2_E), heads.key_tile(v, [keys])
         dk, dv = (t.new_zeros(t.mT.shape) for t in (key, value))
         for rows in heads.rows_of(keys):
             query, upstream = heads.row_tile(q, rows), heads.row_tile(dout, rows)
-            z = times(query, key.mT).mul_(scale * _LOG2_E)
+            z = times(query, key.mT)
             z.sub_(heads.row_tile(lse, rows)[..., None] * _LOG2_E).exp2_()
             heads.hide(z, rows, [keys], 0.0)
             dv += times(upstream.mT, z)
@@ -248,7 +267,7 @@ def differentiate(
             dz.mul_(z)
             dk += times(query.mT, dz)
             part = sums[:, :, :, rows]
-            part.add_(times(dz, key).view(part.shape), alpha=scale)
+            part.add_(times(dz, key).view(part.shape), alpha=1 / _LOG2_E)
             del z, dz
         for result, total in ((results[1], dk.mul_(scale)), (results[2], dv)):
             part = result[heads.sequences, heads.heads, keys]
@@ -266,10 +285,58 @@ def _dots(heads: Heads, dout: Tensor, out: Tensor) -> Tensor:
     return torch.cat(parts, -1)
 
 
+def forward_bytes(heads: Heads, q: Tensor, k: Tensor, v: Tensor) -> int:
+    """What `attend` allocates at most at a time, in bytes."""
+    *_, rows = heads.row_chunks()
+    breadth = max(_length(keys) for keys in heads.keys_of(rows))
+    height, width, depth = heads.group * _length([rows]), _hint(q, 3), _hint(v, 3)
+    copies = _copies(k) + (heads.sinks > 0)
+    own = height * (breadth + width + 2 * depth + 8) + copies * breadth * max(width, depth)
+    return heads.count * own * wide_dtype(q).itemsize + 2 * breadth * _length([rows])
+
+
+def backward_bytes(heads: Heads, q: Tensor, k: Tensor, v: Tensor) -> int:
+    """What `differentiate` allocates at most at a time, in bytes."""
+    width, depth = _hint(q, 3), _hint(v, 3)
+    tiles = {
+        (_length([keys]), _length([rows]))
+        for keys in heads.key_chunks()
+        for rows in heads.rows_of(keys)
+    }
+    most = 0
+    for breadth, queries in tiles:
+        height = queries * heads.group
+        own = 2 * height * breadth + height * (2 * (width + depth) + max(width, depth) + 4)
+        own += breadth * ((1 + _copies(k)) * (width + depth) + max(width, depth))
+        most = max(most, own)
+    chunk = max(_length([rows]) for rows in heads.row_chunks())
+    rows = heads.group * heads.queries
+    most = max(most, 3 * heads.group * chunk * depth)
+    most += rows * (2 + width * (q.dtype != wide_dtype(q)))
+    return heads.count * most * wide_dtype(q).itemsize + 2 * AREA
+
+
+def _copies(t: Tensor) -> int:
+    """Of a tile of keys, where it is not read as it is."""
+    return int(t.dtype != wide_dtype(t) or not t.is_contiguous())
+
+
+def _length(parts: Sequence[slice]) -> int:
+    return sum(part.stop - part.start for part in parts)
+
+
+def _hint(t: Tensor, dimension: int) -> int:
+    return size_hint(t.shape[dimension])
+
+
 def times(a: Tensor, b: Tensor) -> Tensor:
     """The products of some matrices."""
     is_served = len(a) == 1 and a.dtype == torch.float32 and a.device.type == "cpu"
-    if is_served and min(a.shape[1], b.shape[2]) >= _LEAST_PRODUCT and torch.backends.mkldnn.is_available():
+    if (
+        is_served
+        and min(a.shape[1], b.shape[2]) >= _LEAST_PRODUCT
+        and torch.backends.mkldnn.is_available()
+    ):
         result: Tensor = _LINEAR(a[0], b[0].mT, None, "none", [], "")
         return result[None]
     return torch.bmm(a, b)
