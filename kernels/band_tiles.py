@@ -24,10 +24,10 @@ from memopt.kernels.wide import wide, wide_dtype
 
 AREA = 384 * 384
 _LEAST_SIDE, _LONGEST_SIDE = 64, 384
-# Products with fewer rows or columns are no faster in oneDNN.
-_LEAST_PRODUCT = 64
-# Products of other sizes are a fifth slower.
+# Sizes that are multiples of it are a fifth faster, and are few: oneDNN compiles for each.
 _ALIGNED = 64
+# What products of other sizes, or smaller ones, gain in oneDNN is no more than what they lose.
+_SERVED, _LEAST_PRODUCT = 16, 64
 _LOG2_E = math.log2(math.e)
 _LINEAR = torch.ops.mkldnn._linear_pointwise.default
 
@@ -88,7 +88,8 @@ class Heads:
         """What some queries see, a tile's keys at a time: sinks, then the band."""
         stop = self.first + rows.stop
         sinks = slice(0, min(self.sinks, stop))
-        band = slice(max(sinks.stop, self.first + rows.start - self.span + 1), stop)
+        length = stop - (self.first + rows.start - self.span + 1)
+        band = slice(max(sinks.stop, stop - -(-length // _ALIGNED) * _ALIGNED), stop)
         height = self.group * (rows.stop - rows.start)
         return cut([sinks, band], max(1, AREA // max(height, self.width)))
 
@@ -212,6 +213,31 @@ def divide(
         start = stop
 
 
+def seen_scores(q: Tensor, k: Tensor, spans: Sequence[int], sinks: Sequence[int]) -> int:
+    """How many scores all heads of queries of all sequences have, those that are hidden left out.
+
+    Args:
+        q: queries, fake or real; sizes of fake ones are those that tracing saw.
+        k: keys.
+        spans: of each head of keys.
+        sinks: of each head of keys.
+    """
+    batch, heads, queries = map(size_hint, q.shape[:3])
+    kv_heads, keys = map(size_hint, k.shape[1:3])
+
+    def sums(rows: int, most: int) -> int:
+        """Of the numbers from 1 on, each at most so large."""
+        rows = max(0, rows)
+        growing = min(rows, most)
+        return growing * (growing + 1) // 2 + most * (rows - growing)
+
+    total = 0
+    for span, first in zip(*rules(spans, sinks, keys), strict=True):
+        for rows, sign in ((keys, 1), (keys - queries, -1)):
+            total += sign * (sums(rows, span) + sums(rows - span, first))
+    return batch * heads // kv_heads * total
+
+
 def attend(
     heads: Heads, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor
 ) -> None:
@@ -331,12 +357,10 @@ def _hint(t: Tensor, dimension: int) -> int:
 
 def times(a: Tensor, b: Tensor) -> Tensor:
     """The products of some matrices."""
+    sizes = (*a.shape[1:], b.shape[2])
     is_served = len(a) == 1 and a.dtype == torch.float32 and a.device.type == "cpu"
-    if (
-        is_served
-        and min(a.shape[1], b.shape[2]) >= _LEAST_PRODUCT
-        and torch.backends.mkldnn.is_available()
-    ):
+    is_served &= min(sizes) >= _LEAST_PRODUCT and not any(size % _SERVED for size in sizes)
+    if is_served and torch.backends.mkldnn.is_available():
         result: Tensor = _LINEAR(a[0], b[0].mT, None, "none", [], "")
         return result[None]
     return torch.bmm(a, b)

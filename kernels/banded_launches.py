@@ -192,7 +192,7 @@ def backward(
     c = _constants(q, k, v, _tiles(BACKWARD, q, v), rows)
     lse = lse.contiguous()
     dots = torch.empty_like(lse)
-    table = *rules(spans, sinks, m), n, m, scale * _LOG2_E, scale
+    table = *rules(spans, sinks, m), n, m, scale
     read = [stride for t in (dout, q, k, v) for stride in t.stride()[:3]]
     kernels.banded_query_gradient[triton.cdiv(rows, c["ROWS"]), kv_heads, batch](
         dout, q, k, v, out, lse, dq, dots, *table, *read, *out.stride()[:3], *dq.stride()[:3],

@@ -8,7 +8,8 @@ their log-sum-exps. The backward has a launch for the gradient of queries, which
 and one for those of keys and values, which goes over the rows that see them. No program writes
 where another one does and nothing is atomic, so results do not depend on the order of programs.
 
-Offsets of rows are 64-bit. Scores are in units of ``log 2``.
+Offsets of rows are 64-bit. The forward has scores in units of ``log 2``; the backward takes the
+log-sum-exp off before it changes to them, which costs a product and saves a rounding.
 
 Source: keys split among programs are Flash-Decoding's: Dao, Haziza, Massa, Sizov (2023),
 https://crfm.stanford.edu/2023/10/12/flashdecoding.html.
@@ -22,6 +23,7 @@ import triton
 import triton.language as tl
 
 _LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -168,7 +170,7 @@ def banded_merge(
 
 @triton.jit(do_not_specialize=["spans", "sinks"])
 def banded_query_gradient(
-    dout, q, k, v, out, lse, dq, dots, spans, sinks, N, M, factor, scale,
+    dout, q, k, v, out, lse, dq, dots, spans, sinks, N, M, scale,
     g_batch, g_head, g_row, q_batch, q_head, q_row, k_batch, k_head, k_row,
     v_batch, v_head, v_row, o_batch, o_head, o_row, dq_batch, dq_head, dq_row,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
@@ -192,7 +194,7 @@ def banded_query_gradient(
     dot = tl.sum(result.to(tl.float32) * upstream.to(tl.float32), 1)
     at = (sequence * HEADS * GROUP + own) * N + index
     tl.store(dots + at, dot, mask=known)
-    normaliser = tl.load(lse + at, mask=known, other=0.0) / _LN2
+    normaliser = tl.load(lse + at, mask=known, other=0.0)
     span, first = _rule(spans, sinks, head, HEADS)
     sink_stop, band, high = _keys_seen(start_row, start_row + ROWS, N, M, GROUP, span, first)
     sink_turns = tl.cdiv(sink_stop, KEYS)
@@ -205,9 +207,9 @@ def banded_query_gradient(
         there = key < limit
         keys = _read(k, key.to(tl.int64) * k_row, there, DIM, D)
         values = _read(v, key.to(tl.int64) * v_row, there, VDIM, E)
-        z = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * factor
+        z = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale
         seen = _seen(position[:, None], key[None, :], limit, span, is_sink)
-        p = tl.where(seen, tl.exp2(z - normaliser[:, None]), 0.0)
+        p = tl.where(seen, tl.exp2((z - normaliser[:, None]) * _LOG2_E), 0.0)
         dz = tl.dot(upstream, tl.trans(values), input_precision=PRECISION)
         dz = p * (dz - dot[:, None])
         gradient = tl.dot(dz.to(keys.dtype), keys, gradient, input_precision=PRECISION)
@@ -217,7 +219,7 @@ def banded_query_gradient(
 
 @triton.jit(do_not_specialize=["spans", "sinks"])
 def banded_key_gradients(
-    dout, q, k, v, lse, dots, dk, dv, spans, sinks, N, M, factor, scale,
+    dout, q, k, v, lse, dots, dk, dv, spans, sinks, N, M, scale,
     g_batch, g_head, g_row, q_batch, q_head, q_row, k_batch, k_head, k_row,
     v_batch, v_head, v_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
@@ -251,12 +253,12 @@ def banded_key_gradients(
         at = sequence * g_batch + own * g_head + index * g_row
         upstream = _read(dout, at, known, VDIM, E)
         at = (sequence * HEADS * GROUP + own) * N + index
-        normaliser = tl.load(lse + at, mask=known, other=0.0) / _LN2
+        normaliser = tl.load(lse + at, mask=known, other=0.0)
         dot = tl.load(dots + at, mask=known, other=0.0)
-        z = tl.dot(keys, tl.trans(query), input_precision=PRECISION) * factor
+        z = tl.dot(keys, tl.trans(query), input_precision=PRECISION) * scale
         is_sink = (key < first)[:, None]
         seen = _seen(position[None, :], key[:, None], M, span, is_sink) & known[None, :]
-        p = tl.where(seen, tl.exp2(z - normaliser[None, :]), 0.0)
+        p = tl.where(seen, tl.exp2((z - normaliser[None, :]) * _LOG2_E), 0.0)
         value_sum = tl.dot(p.to(query.dtype), upstream, value_sum, input_precision=PRECISION)
         dz = tl.dot(values, tl.trans(upstream), input_precision=PRECISION)
         dz = p * (dz - dot[None, :])

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memopt.errors import ConfigError
 from memopt.kernels import scratch_table
@@ -72,10 +73,14 @@ def run(
 
 
 def library(q: Tensor, k: Tensor, v: Tensor, spans: Any, sinks: Any, scale: float) -> Any:
-    """PyTorch's attention in this dtype under a dense mask."""
-    mask = band(q, k, spans, sinks)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-    return out, banded_attention(q, k, v, spans, sinks, scale)[1]
+    """PyTorch's own tiles, in this dtype and under a dense mask."""
+    mask, group = band(q, k, spans, sinks), q.shape[1] // k.shape[1]
+    lse = banded_attention(q, k, v, spans, sinks, scale)[1]
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, -torch.inf)[None]
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    return out, lse
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -88,7 +93,7 @@ def test_in_float64_it_is_attention_under_a_dense_mask(shape: Any, name: str) ->
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", [*TABLES][1:])  # with one key, the library's gradients are 0
 @pytest.mark.parametrize("shape", ["heads", "decoding", "many tiles"])
 def test_in_other_dtypes_it_is_as_exact_as_the_library(
     shape: str, name: str, dtype: torch.dtype
