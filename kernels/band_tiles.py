@@ -29,7 +29,6 @@ _ALIGNED = 64
 # What products of other sizes, or smaller ones, gain in oneDNN is no more than what they lose.
 _SERVED, _LEAST_PRODUCT = 16, 64
 _LOG2_E = math.log2(math.e)
-_LINEAR = torch.ops.mkldnn._linear_pointwise.default
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Heads:
     @property
     def side(self) -> int:
         """Rows, or keys, that stay: fewer where the span is short, as a tile is no band."""
-        return min(_LONGEST_SIDE, max(_LEAST_SIDE, self.span // 4))
+        return min(_LONGEST_SIDE, max(_LEAST_SIDE, aligned(self.span // 4)))
 
     @property
     def room(self) -> int:
@@ -81,17 +80,19 @@ class Heads:
 
     def row_chunks(self) -> Iterator[slice]:
         """The queries, some at a time."""
-        chunks = cut([slice(0, self.queries)], max(1, self.side // self.group))
+        chunks = cut([slice(0, self.queries)], aligned(self.side // self.group, _SERVED))
         return (chunk for (chunk,) in chunks)
 
     def keys_of(self, rows: slice) -> Iterator[list[slice]]:
         """What some queries see, a tile's keys at a time: sinks, then the band."""
         stop = self.first + rows.stop
         sinks = slice(0, min(self.sinks, stop))
-        length = stop - (self.first + rows.start - self.span + 1)
-        band = slice(max(sinks.stop, stop - -(-length // _ALIGNED) * _ALIGNED), stop)
+        # Some more keys, which are hidden, make the sum of both a size that is served well.
+        length = sinks.stop + stop - (self.first + rows.start - self.span + 1)
+        length = -(-length // _ALIGNED) * _ALIGNED - sinks.stop
+        band = slice(max(sinks.stop, stop - length), stop)
         height = self.group * (rows.stop - rows.start)
-        return cut([sinks, band], max(1, AREA // max(height, self.width)))
+        return cut([sinks, band], aligned(AREA // max(height, self.width)))
 
     def key_chunks(self) -> Iterator[slice]:
         """The keys, some at a time, and none both of the sinks and the band."""
@@ -100,12 +101,12 @@ class Heads:
 
     def rows_of(self, keys: slice) -> Iterator[slice]:
         """The queries that see some keys, a tile's at a time."""
-        last = self.keys if keys.stop <= self.sinks else keys.stop + self.span - 1
-        seeing = slice(
-            max(0, keys.start - self.first), min(self.queries, max(0, last - self.first))
-        )
+        length = self.keys if keys.stop <= self.sinks else keys.stop - keys.start + self.span - 1
+        last = keys.start - self.first + -(-length // _ALIGNED) * _ALIGNED
+        start, stop = (min(self.queries, max(0, row)) for row in (keys.start - self.first, last))
         height = AREA // max(keys.stop - keys.start, self.width)
-        return (chunk for (chunk,) in cut([seeing], max(1, height // self.group)))
+        most = aligned(height // self.group, _SERVED)
+        return (chunk for (chunk,) in cut([slice(start, stop)], most))
 
     def hide(self, z: Tensor, rows: slice, keys: Sequence[slice], value: float) -> None:
         """Give scores `(T, R, K)` that no query sees another value."""
@@ -143,6 +144,11 @@ class Heads:
         """Keys or values in a wide dtype: `(T, K, ...)`."""
         parts = [wide(t[self.sequences, self.heads, part]).flatten(0, 1) for part in keys]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def aligned(size: int, step: int = _ALIGNED) -> int:
+    """A size that is no larger and a multiple of the step, where it is as large as that."""
+    return max(1, size // step * step or size)
 
 
 def cut(parts: Sequence[slice], most: int) -> Iterator[list[slice]]:
@@ -361,6 +367,7 @@ def times(a: Tensor, b: Tensor) -> Tensor:
     is_served = len(a) == 1 and a.dtype == torch.float32 and a.device.type == "cpu"
     is_served &= min(sizes) >= _LEAST_PRODUCT and not any(size % _SERVED for size in sizes)
     if is_served and torch.backends.mkldnn.is_available():
-        result: Tensor = _LINEAR(a[0], b[0].mT, None, "none", [], "")
+        linear = torch.ops.mkldnn._linear_pointwise.default
+        result: Tensor = linear(a[0], b[0].mT, None, "none", [], "")
         return result[None]
     return torch.bmm(a, b)

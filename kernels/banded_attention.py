@@ -51,6 +51,7 @@ torch.library.define(
     f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_TABLE})"
     " -> (Tensor, Tensor, Tensor)",
 )
+WIDEST = 256
 ATTENTION = torch.ops.memopt.banded_attention.default
 ATTENTION_BACKWARD = torch.ops.memopt.banded_attention_backward.default
 
@@ -131,6 +132,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[int], sinks: Sequence
     (batch, heads, queries, width), (kv_batch, kv_heads, keys, kv_width) = q.shape, k.shape
     if v.shape[:3] != k.shape[:3] or batch != kv_batch or width != kv_width:
         raise ConfigError(f"{shapes}: allowed are (B, Hq, N, D), (B, Hk, M, D) and (B, Hk, M, E)")
+    if max(width, v.shape[3]) > WIDEST:
+        raise ConfigError(f"{shapes}: allowed are heads of at most {WIDEST} entries")
     if kv_heads == 0 or heads % kv_heads:
         raise ConfigError(
             f"{heads} heads of queries: allowed is a multiple of {kv_heads}, of keys"

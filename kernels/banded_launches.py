@@ -80,7 +80,7 @@ def _constants(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, rows: int) -> dict
         "KEYS": tiles.keys,
         "PRECISION": "ieee" if exact else "tf32",
         "num_warps": tiles.warps,
-        "num_stages": tiles.stages,
+        "num_stages": tiles.stages if torch.version.hip is None else min(2, tiles.stages),
         **_FUSED,
     }
 

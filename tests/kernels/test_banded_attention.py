@@ -6,6 +6,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from hypothesis import given, settings
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -233,12 +234,12 @@ def test_it_allocates_tiles_and_says_how_many_bytes(name: str, dtype: torch.dtyp
     assert scratch_of(lambda: ATTENTION(q, k, v, *arguments)) > 2**17  # the meter sees tiles
 
 
-def test_pieces_are_all_of_it_in_order_and_about_as_long() -> None:
-    parts = [slice(0, 5), slice(9, 9), slice(20, 32)]
-    assert [*cut(parts, 7)] == [
-        [slice(0, 5), slice(20, 21)],
-        [slice(21, 27)],
-        [slice(27, 32)],
+def test_pieces_are_all_of_it_in_order_and_aligned() -> None:
+    parts = [slice(0, 64), slice(90, 90), slice(100, 300)]
+    assert [*cut(parts, 128)] == [
+        [slice(0, 64), slice(100, 164)],
+        [slice(164, 292)],
+        [slice(292, 300)],
     ]
     assert [*cut([slice(4, 4)], 7)] == []
 
@@ -251,6 +252,7 @@ def test_pieces_are_all_of_it_in_order_and_about_as_long() -> None:
         ({"q": torch.randn(1, 3, 8, 16)}, "3 heads of queries: allowed is a multiple of 2"),
         ({"q": torch.randn(1, 4, 11, 16)}, "11 queries of 10 keys"),
         ({"v": torch.randn(1, 2, 10, 16).double()}, "k is torch.float32 and v torch.float64"),
+        ({"v": torch.randn(1, 2, 10, 257)}, "at most 256 entries"),
         ({"spans": [3]}, "1 spans and 2 numbers of sinks"),
         ({"spans": [3, -1]}, "span of -1: allowed is a number of keys from 0 on"),
         ({"sinks": [-2, 0]}, "sinks of -2"),
