@@ -94,7 +94,7 @@ def _flex(table: Tensor, length: int) -> Attention:
     call = torch.compile(flex_attention)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        result: Tensor = call(q, k, v, block_mask=mask)  # type: ignore[assignment]
+        result: Tensor = call(q, k, v, block_mask=mask)
         return result
 
     return attention

@@ -110,7 +110,7 @@ class Heads:
 
     def hide(self, z: Tensor, rows: slice, keys: Sequence[slice], value: float) -> None:
         """Give scores `(T, R, K)` that no query sees another value."""
-        z, start = z.unflatten(1, (self.group, -1)), 0
+        z, start = z.view(len(z), self.group, -1, z.shape[2]), 0
         for part in keys:
             stop = start + part.stop - part.start
             hidden = self._hidden(rows, part, z.device)
@@ -134,7 +134,8 @@ class Heads:
 
     def queries_of(self, t: Tensor, rows: slice) -> Tensor:
         """A part of queries or results `(B, Hq, N, ...)`, a view `(b, h, G, C, ...)`."""
-        return t.unflatten(1, (-1, self.group))[self.sequences, self.heads, :, rows]
+        grouped = t.view(len(t), -1, self.group, *t.shape[2:])
+        return grouped[self.sequences, self.heads, :, rows]
 
     def row_tile(self, t: Tensor, rows: slice) -> Tensor:
         """The same in a wide dtype, as rows `(T, R, ...)`."""
@@ -143,7 +144,8 @@ class Heads:
     def key_tile(self, t: Tensor, keys: Sequence[slice]) -> Tensor:
         """Keys or values in a wide dtype: `(T, K, ...)`."""
         parts = [wide(t[self.sequences, self.heads, part]).flatten(0, 1) for part in keys]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        # Contiguous, because oneDNN has no fast product for keys with gaps between them.
+        return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def aligned(size: int, step: int = _ALIGNED) -> int:
@@ -303,7 +305,7 @@ def differentiate(
             del z, dz
         for result, total in ((results[1], dk.mul_(scale)), (results[2], dv)):
             part = result[heads.sequences, heads.heads, keys]
-            part.copy_(total.mT.unflatten(0, part.shape[:2]))
+            part.copy_(total.mT.view(part.shape))
     if not is_wide:
         dq.copy_(sums)
 
@@ -319,32 +321,38 @@ def _dots(heads: Heads, dout: Tensor, out: Tensor) -> Tensor:
 
 def forward_bytes(heads: Heads, q: Tensor, k: Tensor, v: Tensor) -> int:
     """What `attend` allocates at most at a time, in bytes."""
-    *_, rows = heads.row_chunks()
-    breadth = max(_length(keys) for keys in heads.keys_of(rows))
-    height, width, depth = heads.group * _length([rows]), _hint(q, 3), _hint(v, 3)
-    copies = _copies(k) + (heads.sinks > 0)
-    own = height * (breadth + width + 2 * depth + 8) + copies * breadth * max(width, depth)
-    return heads.count * own * wide_dtype(q).itemsize + 2 * breadth * _length([rows])
+    width, depth = _hint(q, 3), _hint(v, 3)
+    copies = max(_copies(k), _copies(v)) + (heads.sinks > 0)
+    tiles = {
+        (_length([rows]), _length(keys))
+        for rows in heads.row_chunks()
+        for keys in heads.keys_of(rows)
+    }
+    own = (
+        heads.group * queries * (breadth + width + 2 * depth + 8)
+        + copies * breadth * max(width, depth)
+        for queries, breadth in tiles
+    )
+    return heads.count * max(own) * wide_dtype(q).itemsize + 2 * AREA
 
 
 def backward_bytes(heads: Heads, q: Tensor, k: Tensor, v: Tensor) -> int:
     """What `differentiate` allocates at most at a time, in bytes."""
     width, depth = _hint(q, 3), _hint(v, 3)
     tiles = {
-        (_length([keys]), _length([rows]))
+        (_length([rows]), _length([keys]))
         for keys in heads.key_chunks()
         for rows in heads.rows_of(keys)
     }
-    most = 0
-    for breadth, queries in tiles:
-        height = queries * heads.group
-        own = 2 * height * breadth + height * (2 * (width + depth) + max(width, depth) + 4)
-        own += breadth * ((1 + _copies(k)) * (width + depth) + max(width, depth))
-        most = max(most, own)
+    is_wide = q.dtype == wide_dtype(q)
+    row = (width + depth) * (heads.group > 1 or not is_wide) + max(width, depth) + 4
+    key = (3 + _copies(v)) * max(width, depth) + width + depth
+    own = max(
+        heads.group * queries * (2 * breadth + row) + breadth * key for queries, breadth in tiles
+    )
     chunk = max(_length([rows]) for rows in heads.row_chunks())
-    rows = heads.group * heads.queries
-    most = max(most, 3 * heads.group * chunk * depth)
-    most += rows * (2 + width * (q.dtype != wide_dtype(q)))
+    sums = heads.group * heads.queries * (2 + width * (not is_wide))
+    most = max(own, 3 * heads.group * chunk * depth) + sums
     return heads.count * most * wide_dtype(q).itemsize + 2 * AREA
 
 
@@ -366,7 +374,7 @@ def times(a: Tensor, b: Tensor) -> Tensor:
     sizes = (*a.shape[1:], b.shape[2])
     is_served = len(a) == 1 and a.dtype == torch.float32 and a.device.type == "cpu"
     is_served &= min(sizes) >= _LEAST_PRODUCT and not any(size % _SERVED for size in sizes)
-    if is_served and torch.backends.mkldnn.is_available():
+    if is_served and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         linear = torch.ops.mkldnn._linear_pointwise.default
         result: Tensor = linear(a[0], b[0].mT, None, "none", [], "")
         return result[None]

@@ -49,11 +49,11 @@ class Tiles:
 # By the size of an entry and the entries of a head. All compile without spills for sm_80, sm_90,
 # sm_100 and gfx942.
 FORWARD = {
-    (2, 64): Tiles(128, 64, 4, 3),
+    (2, 64): Tiles(128, 64, 8, 3),
     (2, 128): Tiles(64, 64, 4, 2),
     (2, 256): Tiles(64, 32, 8, 2),
     (4, 64): Tiles(32, 32, 4, 2),
-    (4, 128): Tiles(32, 32, 4, 2),
+    (4, 128): Tiles(32, 16, 8, 1),
     (4, 256): Tiles(32, 16, 8, 1),
 }
 BACKWARD = {
@@ -61,7 +61,7 @@ BACKWARD = {
     (2, 128): Tiles(32, 64, 8, 2),
     (2, 256): Tiles(32, 32, 8, 1),
     (4, 64): Tiles(32, 32, 8, 1),
-    (4, 128): Tiles(16, 32, 8, 1),
+    (4, 128): Tiles(16, 16, 8, 1),
     (4, 256): Tiles(16, 16, 8, 1),
 }
 
@@ -158,7 +158,7 @@ def split_count(q: Tensor, k: Tensor, v: Tensor) -> int:
     rows = size_hint(q.shape[1]) // heads * size_hint(q.shape[2])
     programs = triton.cdiv(rows, tiles.rows) * heads * batch
     most = triton.cdiv(keys, tiles.keys * _SPLIT_TILES)
-    return max(1, min(processors(q) // programs, most))
+    return max(1, min(processors(q) // int(programs), int(most)))
 
 
 def forward_bytes(q: Tensor, k: Tensor, v: Tensor) -> int:
@@ -166,7 +166,7 @@ def forward_bytes(q: Tensor, k: Tensor, v: Tensor) -> int:
     copied = sum(own_bytes(t) for t in (q, k, v) if t.stride(3) != 1)
     splits = split_count(q, k, v)
     rows = size_hint(q.shape[0]) * size_hint(q.shape[1]) * size_hint(q.shape[2])
-    return copied + (splits > 1) * splits * 4 * rows * (size_hint(v.shape[3]) + 1)
+    return copied + int(splits > 1) * splits * 4 * rows * (size_hint(v.shape[3]) + 1)
 
 
 def backward(

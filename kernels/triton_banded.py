@@ -250,11 +250,11 @@ def banded_key_gradients(
         index = (row // GROUP).to(tl.int64)
         position = M - N + row // GROUP
         query = _read(q, sequence * q_batch + own * q_head + index * q_row, known, DIM, D)
-        at = sequence * g_batch + own * g_head + index * g_row
-        upstream = _read(dout, at, known, VDIM, E)
-        at = (sequence * HEADS * GROUP + own) * N + index
-        normaliser = tl.load(lse + at, mask=known, other=0.0)
-        dot = tl.load(dots + at, mask=known, other=0.0)
+        tile = sequence * g_batch + own * g_head + index * g_row
+        upstream = _read(dout, tile, known, VDIM, E)
+        numbers = (sequence * HEADS * GROUP + own) * N + index
+        normaliser = tl.load(lse + numbers, mask=known, other=0.0)
+        dot = tl.load(dots + numbers, mask=known, other=0.0)
         z = tl.dot(keys, tl.trans(query), input_precision=PRECISION) * scale
         is_sink = (key < first)[:, None]
         seen = _seen(position[None, :], key[:, None], M, span, is_sink) & known[None, :]

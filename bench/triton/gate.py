@@ -125,7 +125,9 @@ def compile_spec(
     for launch in launches:
         for target in targets:
             seen = for_target(target, launch.arguments)
-            build = Build(kernel=launch.kernel, arguments=seen, options={})
+            build = Build(
+                kernel=launch.kernel, arguments=seen, options={}, vector_share=spec.vector_share
+            )
             found += [f"{launch.name}: {problem}" for problem in code(build, [target])]
     return found
 
