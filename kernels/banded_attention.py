@@ -196,6 +196,11 @@ def _scratch(q: Tensor, k: Tensor, v: Tensor, spans: Any, sinks: Any, scale: flo
     return max((forward_bytes(h, q, k, v) for h in divide(q, k, v, spans, sinks)), default=0)
 
 
+def fits_registers(q: Tensor, v: Tensor) -> bool:
+    """Whether the backward has a launch: products of wide heads in float32 spill."""
+    return q.dtype != torch.float32 or max(q.shape[3], v.shape[3]) <= WIDEST // 2
+
+
 def _backward_scratch(
     dout: Tensor,
     q: Tensor,
@@ -207,7 +212,7 @@ def _backward_scratch(
     sinks: Any,
     scale: float,
 ) -> int:
-    if serves(q):
+    if serves(q) and fits_registers(q, v):
         copied = sum(own_bytes(t) for t in (dout, q, k, v, out) if t.stride(3) != 1)
         return copied + 2 * own_bytes(lse)
     return max((backward_bytes(h, q, k, v) for h in divide(q, k, v, spans, sinks)), default=0)

@@ -15,7 +15,13 @@ from torch import Tensor
 from memopt._torch import size_hint
 from memopt.kernels import triton_banded as kernels
 from memopt.kernels.band_tiles import rules
-from memopt.kernels.banded_attention import check, unwritten, unwritten_backward
+from memopt.kernels.banded_attention import (
+    BANDED_ATTENTION_BACKWARD,
+    check,
+    fits_registers,
+    unwritten,
+    unwritten_backward,
+)
 from memopt.kernels.serving import processors
 from memopt.kernels.spec import Results
 from memopt.kernels.wide import own_bytes
@@ -62,7 +68,6 @@ BACKWARD = {
     (2, 256): Tiles(32, 32, 8, 1),
     (4, 64): Tiles(32, 32, 8, 1),
     (4, 128): Tiles(16, 16, 8, 1),
-    (4, 256): Tiles(16, 16, 8, 1),
 }
 
 
@@ -181,6 +186,9 @@ def backward(
     scale: float,
 ) -> Results:
     """As the operator ``memopt::banded_attention_backward``."""
+    if not fits_registers(q, v):
+        arguments = dout, q, k, v, out, lse, spans, sinks, scale
+        return BANDED_ATTENTION_BACKWARD.plain(*arguments)
     check(q, k, v, spans, sinks)
     dq, dk, dv = unwritten_backward(dout, q, k, v)
     if not dout.numel():
