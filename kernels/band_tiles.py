@@ -111,26 +111,19 @@ class Heads:
     def hide(self, z: Tensor, rows: slice, keys: Sequence[slice], value: float) -> None:
         """Give scores `(T, R, K)` that no query sees another value."""
         z, start = z.view(len(z), self.group, -1, z.shape[2]), 0
+        height = rows.stop - rows.start
         for part in keys:
+            own = self.first + rows.start - part.start  # the column of the first row's own key
             stop = start + part.stop - part.start
-            hidden = self._hidden(rows, part, z.device)
-            if hidden is not None:
-                z[..., start:stop].masked_fill_(hidden, value)
+            later = start + max(0, own + 1)
+            if later < stop:
+                hidden = _ones(height, stop - later, z).triu_(own + 1 - (later - start))
+                z[..., later:stop].masked_fill_(hidden, value)
+            gone = min(stop, start + own - self.span + height)
+            if part.stop > self.sinks and gone > start:
+                hidden = _ones(height, gone - start, z).tril_(own - self.span)
+                z[..., start:gone].masked_fill_(hidden, value)
             start = stop
-
-    def _hidden(self, rows: slice, keys: slice, device: torch.device) -> Tensor | None:
-        """Which keys are not seen, `(C, K)`; None where all are."""
-        own = self.first + rows.start - keys.start  # the column of the first row's own key
-        height, breadth = rows.stop - rows.start, keys.stop - keys.start
-        in_time = breadth - 1 <= own
-        near = keys.stop <= self.sinks or own + height - 1 < self.span
-        if in_time and near:
-            return None
-        hidden = torch.ones(height, breadth, dtype=torch.bool, device=device)
-        if near:
-            return hidden.triu_(own + 1)
-        past = hidden.tril(own - self.span)
-        return past if in_time else past.logical_or_(hidden.triu_(own + 1))
 
     def queries_of(self, t: Tensor, rows: slice) -> Tensor:
         """A part of queries or results `(B, Hq, N, ...)`, a view `(b, h, G, C, ...)`."""
@@ -146,6 +139,10 @@ class Heads:
         parts = [wide(t[self.sequences, self.heads, part]).flatten(0, 1) for part in keys]
         # Contiguous, because oneDNN has no fast product for keys with gaps between them.
         return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _ones(rows: int, columns: int, like: Tensor) -> Tensor:
+    return torch.ones(rows, columns, dtype=torch.bool, device=like.device)
 
 
 def aligned(size: int, step: int = _ALIGNED) -> int:
