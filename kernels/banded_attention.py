@@ -1,17 +1,39 @@
 """Causal attention whose heads look back as far as they need: a span of keys, and the first ones.
 
+The query at position ``p`` sees the key at ``j`` if ``j <= p`` and either ``p - j < span`` or
+``j < sinks``, with a span and a number of sinks for each head of keys. Neighbours with the same
+rule are one tile's work, and the scores of one tile exist at a time. Keys and values of grouped
+queries are never expanded. There may be fewer queries than keys: they are the newest ones, as in
+decoding and in prefill by chunks. Batches with padding are not for this operator.
+
+Saved for the backward: queries, keys, values, the result and its log-sum-exp. The backward makes
+the scores again, so it is exact: nothing is added up that the forward did not see.
+
+Pays: time in the number of scores that are seen, beside a causal mask's ``M / 2`` for each query,
+and no mask in memory. Does not: where spans cover the sequence, on a GPU whose library has a
+causal kernel of its own.
+
+Sources: tiles, log-sum-exps and a backward that makes the scores again are FlashAttention's: Dao
+(2023), arXiv:2307.08691. Windows are Longformer's: Beltagy et al. (2020), arXiv:2004.05150; the
+first keys beside them StreamingLLM's: Xiao et al. (2024), arXiv:2309.17453; a span for each head
+MoA's: Fu et al. (2024), arXiv:2406.14909. Grouped queries: Ainslie et al. (2023),
+arXiv:2305.13245.
+
 Legend: ``B`` sequences, ``Hq`` heads of queries, ``Hk`` heads of keys, ``G`` heads of queries for
 each of these, ``N`` queries, ``M`` keys, ``D`` entries of a key and ``E`` of a value.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from memopt.errors import ConfigError
+from memopt.kernels.band_tiles import attend, differentiate, divide
+from memopt.kernels.inputs import no_autocast, same_dtype
 from memopt.kernels.spec import Arguments, Results
-from memopt.kernels.wide import wide, wide_dtype
+from memopt.kernels.wide import wide_dtype
 
 _TABLE = "SymInt[] spans, SymInt[] sinks, float scale"
 torch.library.define(
@@ -26,19 +48,8 @@ ATTENTION = torch.ops.memopt.banded_attention.default
 ATTENTION_BACKWARD = torch.ops.memopt.banded_attention_backward.default
 
 
-def _visible(spans: list[int], sinks: list[int], n: int, m: int, device: Any) -> Tensor:
-    """Which keys each query sees: `(Hk, N, M)`."""
-    own = torch.arange(m - n, m, device=device)[:, None]
-    there = torch.arange(m, device=device)
-    rows = [
-        (there <= own) & ((own - there < (span or m)) | (there < first))
-        for span, first in zip(spans, sinks, strict=True)
-    ]
-    return torch.stack(rows)
-
-
 def _plain(
-    q: Tensor, k: Tensor, v: Tensor, spans: list[int], sinks: list[int], scale: float
+    q: Tensor, k: Tensor, v: Tensor, spans: Sequence[int], sinks: Sequence[int], scale: float
 ) -> Results:
     """The attention.
 
@@ -54,15 +65,15 @@ def _plain(
     Returns:
         `(B, Hq, N, E)` in the dtype of ``q``, a transposed view of `(B, N, Hq, E)`; and the
         log-sum-exp of each query's scores `(B, Hq, N)`, float32 or wider, which has no gradient.
+
+    Raises:
+        ConfigError: shapes, dtypes, spans or sinks are not these.
     """
     check(q, k, v, spans, sinks)
     out, lse = _unwritten(q, k, v)
-    grouped = wide(q).unflatten(1, (k.shape[1], -1))
-    z = scale * grouped @ wide(k)[:, :, None].mT
-    seen = _visible(spans, sinks, q.shape[2], k.shape[2], q.device)[None, :, None]
-    z = z.masked_fill(~seen, -torch.inf)
-    lse.copy_(z.logsumexp(-1).flatten(1, 2))
-    out.copy_((z.softmax(-1) @ wide(v)[:, :, None]).flatten(1, 2))
+    with no_autocast(q):
+        for heads in divide(q, k, v, spans, sinks):
+            attend(heads, q, k, v, scale, out, lse)
     return out, lse
 
 
@@ -73,36 +84,72 @@ def _plain_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    spans: list[int],
-    sinks: list[int],
+    spans: Sequence[int],
+    sinks: Sequence[int],
     scale: float,
 ) -> Results:
-    """Gradients of queries, keys and values."""
-    heads = k.shape[1]
-    g, o, query = (wide(t).unflatten(1, (heads, -1)) for t in (dout, out, q))
-    key, value = wide(k)[:, :, None], wide(v)[:, :, None]
-    seen = _visible(spans, sinks, q.shape[2], k.shape[2], q.device)[None, :, None]
-    p = (scale * query @ key.mT - lse.unflatten(1, (heads, -1))[..., None]).exp() * seen
-    dz = p * (g @ value.mT - (g * o).sum(-1, keepdim=True)) * scale
-    dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
-    dq.copy_((dz @ key).flatten(1, 2))
-    dk.copy_((dz.mT @ query).sum(2))
-    dv.copy_((p.mT @ g).sum(2))
-    return dq, dk, dv
+    """Gradients of queries, keys and values.
+
+    Args:
+        dout: `(B, Hq, N, E)`, the gradient of the attention.
+        q: as in the forward, like what follows.
+        k: keys.
+        v: values.
+        out: the attention.
+        lse: its log-sum-exp.
+        spans: of each head of keys.
+        sinks: of each head of keys.
+        scale: of the scores.
+
+    Returns:
+        The shapes, dtypes and strides of ``q``, ``k`` and ``v``; those that are no dense block of
+        memory keep the order of their strides.
+
+    Raises:
+        ConfigError: as in the forward.
+    """
+    check(q, k, v, spans, sinks)
+    results = _unwritten_backward(dout, q, k, v)
+    with no_autocast(q):
+        for heads in divide(q, k, v, spans, sinks):
+            differentiate(heads, (dout, q, k, v, out, lse), scale, results)
+    return results
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, spans: list[int], sinks: list[int]) -> None:
-    """Raise ``ConfigError`` for what is no grouped attention, or has no such table."""
+def check(
+    q: Tensor, k: Tensor, v: Tensor, spans: Sequence[int], sinks: Sequence[int]
+) -> None:
+    """Raise ``ConfigError`` for what is no attention of grouped queries, or has no such table."""
     shapes = f"q is {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
     if any(t.dim() != 4 for t in (q, k, v)):
         raise ConfigError(
             f"{shapes}: allowed are (B, Hq, N, D), (B, Hk, M, D) and (B, Hk, M, E)"
         )
-    if len(spans) != k.shape[1] or len(sinks) != k.shape[1]:
+    (batch, heads, queries, width), (kv_batch, kv_heads, keys, kv_width) = q.shape, k.shape
+    if v.shape[:3] != k.shape[:3] or batch != kv_batch or width != kv_width:
         raise ConfigError(
-            f"{len(spans)} spans and {len(sinks)} sinks: allowed is one for each of the "
-            f"{k.shape[1]} heads of keys"
+            f"{shapes}: allowed are (B, Hq, N, D), (B, Hk, M, D) and (B, Hk, M, E)"
         )
+    if kv_heads == 0 or heads % kv_heads:
+        raise ConfigError(f"{heads} heads of queries: allowed is a multiple of {kv_heads}, of keys")
+    if queries > keys:
+        raise ConfigError(
+            f"{queries} queries of {keys} keys: the queries are the newest keys, so there are no "
+            "more of them; call scaled_dot_product_attention for other attention"
+        )
+    same_dtype("q", q, "k", k)
+    same_dtype("k", k, "v", v)
+    if len(spans) != kv_heads or len(sinks) != kv_heads:
+        raise ConfigError(
+            f"{len(spans)} spans and {len(sinks)} numbers of sinks: allowed is one for each of "
+            f"the {kv_heads} heads of keys"
+        )
+    for name, values in (("span", spans), ("sinks", sinks)):
+        if any(value < 0 for value in values):
+            raise ConfigError(
+                f"{name} of {min(values)}: allowed is a number of keys from 0 on"
+                + (", where 0 is for all of them" if name == "span" else "")
+            )
 
 
 def _unwritten(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Results:
