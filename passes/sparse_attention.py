@@ -1,7 +1,8 @@
 """Let every head of keys look back as far as a plan of spans says, and no further.
 
-(1) A call is rewritten where it is causal self-attention: told so, as after ``prove_causal``, or
-    of one query over keys that end in its own, as with a cache that grows.
+(1) A call is rewritten where it is causal self-attention: told so, as after ``prove_causal``, by
+    a mask of positions whose lengths are symbols, or of one query over keys that end in its own,
+    as with a cache that grows.
 (2) The plan knows a call by the module that makes it. A call that it does not know, or with
     other heads, is of another model, which is an error.
 (3) Lengths that the plan was not made for run in full, with a warning.
@@ -31,6 +32,7 @@ from memopt.graph import source_line
 from memopt.kernels.banded_attention import ATTENTION
 from memopt.passes.attentions import ATTEND, HEADS, Attention
 from memopt.passes.modules import module_paths, path_of
+from memopt.passes.position_masks import is_causal
 from memopt.passes.steps import name_of
 from memopt.pipeline import PassContext
 from memopt.remarks import RemarkKind
@@ -181,12 +183,13 @@ def _reason_against(attention: Attention) -> str:
         return "some of it may be dropped at random"
     if not isinstance(arguments["scale"], int | float | None):
         return "its scale is not a number"
-    if arguments["attn_mask"] is not None:
+    mask = arguments["attn_mask"]
+    if mask is not None and not (isinstance(mask, fx.Node) and is_causal(mask, attention.node)):
         return "its mask is not known to be causal"
     if reason := attention.reason_to_repeat():
         return reason
     lengths = [shape_of(n)[_TOKENS : _TOKENS + 1] for n in (query, attention.key, value)]
-    if arguments["is_causal"]:
+    if arguments["is_causal"] or mask is not None:
         return "" if same_shape(lengths[0], lengths[1]) else "it has fewer queries than keys"
     if lengths[0] == (1,) and _ends_in_new(attention.key) and _ends_in_new(value):
         return ""

@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -291,6 +293,20 @@ def test_influence_is_summed_over_sequences_and_averaged() -> None:
     given = model("told")
     once, twice = data(32), [data(32)[0].repeat(2, 1)]
     assert plan_of(given, once).layers == plan_of(given, twice).layers
+
+
+def test_the_documented_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Path(__file__).parents[1] / "docs" / "sparse-attention.md"
+    block = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert "model.layers.1.self_attn" in capsys.readouterr().out
+    assert names["plan"].longest == 192
+    assert SpanPlan.load("plan.json") == names["plan"]
+    assert Path("spans.png").stat().st_size > 10_000
 
 
 def test_plans_of_other_data_differ_in_their_hash() -> None:

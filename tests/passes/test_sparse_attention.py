@@ -300,7 +300,7 @@ def test_every_call_is_listed_with_the_error_of_its_heads() -> None:
 
 
 def test_what_saves_nothing_is_computed_in_full() -> None:
-    options: Any = {"passes": {"sparse_attention": {"plan": plan()}}}
+    options: Any = {"passes": {"sparse_attention": {"plan": plan()}}, "lowering": "eager"}
     report = memopt.explain(Outer(told), *tensors(), options=options)
     (text,) = (r.text for r in report.graphs[0].remarks if r.pass_name == SparseAttention.name)
     assert "saves nothing" in text
@@ -421,6 +421,19 @@ def test_models_of_transformers_train_with_spans(name: str) -> None:
     mine = torch.autograd.grad(actual, list(model.parameters()))
     for one, other in zip(mine, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
+
+
+def test_a_model_whose_lengths_change_is_compiled_once() -> None:
+    model, inputs = MODELS["llama"].make(dtype=torch.float64)
+    step = compiled(model, zoo_plan(model))
+    for n in (48, 31, 20):
+        given = {name: value[:, :n].clone() for name, value in inputs.items()}
+        for value in given.values():
+            torch._dynamo.mark_dynamic(value, 1)
+        with _Spans():
+            expected = model(**given).loss
+        with torch._dynamo.config.patch(error_on_recompile=n != 48):
+            torch.testing.assert_close(step(**given).loss, expected)
 
 
 @torch.no_grad()
