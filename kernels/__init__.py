@@ -53,6 +53,7 @@ def scratch_table() -> Mapping[str, Callable[..., int]]:
 def specs() -> tuple["KernelSpec", ...]:
     """What every kernel that is one operator states of itself."""
     from memopt.kernels import (
+        banded_attention,
         bits,
         gated,
         gated_packed,
@@ -63,7 +64,17 @@ def specs() -> tuple["KernelSpec", ...]:
         softmax,
     )
 
-    modules = (norm, gated, gated_packed, rotary, softmax, bits, masking, quantise)
+    modules = (
+        norm,
+        gated,
+        gated_packed,
+        rotary,
+        softmax,
+        bits,
+        masking,
+        quantise,
+        banded_attention,
+    )
     return tuple(spec for module in modules for spec in module.SPECS)
 
 

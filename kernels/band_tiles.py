@@ -24,10 +24,11 @@ from memopt.kernels.wide import wide, wide_dtype
 
 AREA = 384 * 384
 _LEAST_SIDE, _LONGEST_SIDE = 64, 384
-# Products with fewer rows or columns are no faster in oneDNN.
-_LEAST_PRODUCT = 64
+# Sizes that are multiples of it are a fifth faster, and are few: oneDNN compiles for each.
+_ALIGNED = 64
+# What products of other sizes, or smaller ones, gain in oneDNN is no more than what they lose.
+_SERVED, _LEAST_PRODUCT = 16, 64
 _LOG2_E = math.log2(math.e)
-_LINEAR = torch.ops.mkldnn._linear_pointwise.default
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,14 @@ class Heads:
     sinks: int
 
     @property
+    def count(self) -> int:
+        """``T``."""
+        return _length([self.sequences]) * _length([self.heads])
+
+    @property
     def side(self) -> int:
         """Rows, or keys, that stay: fewer where the span is short, as a tile is no band."""
-        return min(_LONGEST_SIDE, max(_LEAST_SIDE, self.span // 4))
+        return min(_LONGEST_SIDE, max(_LEAST_SIDE, aligned(self.span // 4)))
 
     @property
     def room(self) -> int:
@@ -74,16 +80,19 @@ class Heads:
 
     def row_chunks(self) -> Iterator[slice]:
         """The queries, some at a time."""
-        chunks = cut([slice(0, self.queries)], max(1, self.side // self.group))
+        chunks = cut([slice(0, self.queries)], aligned(self.side // self.group, _SERVED))
         return (chunk for (chunk,) in chunks)
 
     def keys_of(self, rows: slice) -> Iterator[list[slice]]:
         """What some queries see, a tile's keys at a time: sinks, then the band."""
         stop = self.first + rows.stop
         sinks = slice(0, min(self.sinks, stop))
-        band = slice(max(sinks.stop, self.first + rows.start - self.span + 1), stop)
+        # Some more keys, which are hidden, make the sum of both a size that is served well.
+        length = sinks.stop + stop - (self.first + rows.start - self.span + 1)
+        length = -(-length // _ALIGNED) * _ALIGNED - sinks.stop
+        band = slice(max(sinks.stop, stop - length), stop)
         height = self.group * (rows.stop - rows.start)
-        return cut([sinks, band], max(1, AREA // max(height, self.width)))
+        return cut([sinks, band], aligned(AREA // max(height, self.width)))
 
     def key_chunks(self) -> Iterator[slice]:
         """The keys, some at a time, and none both of the sinks and the band."""
@@ -92,12 +101,12 @@ class Heads:
 
     def rows_of(self, keys: slice) -> Iterator[slice]:
         """The queries that see some keys, a tile's at a time."""
-        last = self.keys if keys.stop <= self.sinks else keys.stop + self.span - 1
-        seeing = slice(
-            max(0, keys.start - self.first), min(self.queries, max(0, last - self.first))
-        )
+        length = self.keys if keys.stop <= self.sinks else keys.stop - keys.start + self.span - 1
+        last = keys.start - self.first + -(-length // _ALIGNED) * _ALIGNED
+        start, stop = (min(self.queries, max(0, row)) for row in (keys.start - self.first, last))
         height = AREA // max(keys.stop - keys.start, self.width)
-        return (chunk for (chunk,) in cut([seeing], max(1, height // self.group)))
+        most = aligned(height // self.group, _SERVED)
+        return (chunk for (chunk,) in cut([slice(start, stop)], most))
 
     def hide(self, z: Tensor, rows: slice, keys: Sequence[slice], value: float) -> None:
         """Give scores `(T, R, K)` that no query sees another value."""
@@ -137,10 +146,16 @@ class Heads:
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
+def aligned(size: int, step: int = _ALIGNED) -> int:
+    """A size that is no larger and a multiple of the step, where it is as large as that."""
+    return max(1, size // step * step or size)
+
+
 def cut(parts: Sequence[slice], most: int) -> Iterator[list[slice]]:
-    """Parts of a sequence in pieces of at most ``most``, all about as long."""
-    total = sum(part.stop - part.start for part in parts)
+    """Parts of a sequence in pieces of at most ``most``, about as long as can be even."""
+    total = _length(parts)
     step = -(-total // max(1, -(-total // most)))
+    step = min(most, -(-step // _ALIGNED) * _ALIGNED)
     piece, room = list[slice](), step
     for part in parts:
         start = part.start
@@ -154,6 +169,21 @@ def cut(parts: Sequence[slice], most: int) -> Iterator[list[slice]]:
                 piece, room = [], step
     if piece:
         yield piece
+
+
+def rules(
+    spans: Sequence[int], sinks: Sequence[int], keys: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Spans and sinks of heads, with all keys for the span, and no sinks, where they cover these.
+
+    Args:
+        spans: of each head; 0 for all keys.
+        sinks: of each head.
+        keys: ``M``, all of them.
+    """
+    pairs = zip(map(size_hint, spans), map(size_hint, sinks), strict=True)
+    table = [(keys, 0) if not s or s + first >= keys else (s, first) for s, first in pairs]
+    return tuple(s for s, _ in table), tuple(first for _, first in table)
 
 
 def divide(
@@ -170,12 +200,8 @@ def divide(
     """
     batch, all_heads, queries, width = map(size_hint, q.shape)
     heads, keys = map(size_hint, k.shape[1:3])
-    table = [(size_hint(span), size_hint(first)) for span, first in zip(spans, sinks, strict=True)]
-    rules = [
-        (keys, 0) if not span or span + first >= keys else (span, first) for span, first in table
-    ]
     start = 0
-    for (span, first), run in groupby(rules):
+    for (span, first), run in groupby(zip(*rules(spans, sinks, keys), strict=True)):
         stop = start + sum(1 for _ in run)
         whole = Heads(
             sequences=slice(0, batch), heads=slice(start, stop), group=all_heads // heads,
@@ -191,6 +217,31 @@ def divide(
                 heads=slice(head, min(stop, head + across)),
             )
         start = stop
+
+
+def seen_scores(q: Tensor, k: Tensor, spans: Sequence[int], sinks: Sequence[int]) -> int:
+    """How many scores all heads of queries of all sequences have, those that are hidden left out.
+
+    Args:
+        q: queries, fake or real; sizes of fake ones are those that tracing saw.
+        k: keys.
+        spans: of each head of keys.
+        sinks: of each head of keys.
+    """
+    batch, heads, queries = map(size_hint, q.shape[:3])
+    kv_heads, keys = map(size_hint, k.shape[1:3])
+
+    def sums(rows: int, most: int) -> int:
+        """Of the numbers from 1 on, each at most so large."""
+        rows = max(0, rows)
+        growing = min(rows, most)
+        return growing * (growing + 1) // 2 + most * (rows - growing)
+
+    total = 0
+    for span, first in zip(*rules(spans, sinks, keys), strict=True):
+        for rows, sign in ((keys, 1), (keys - queries, -1)):
+            total += sign * (sums(rows, span) + sums(rows - span, first))
+    return batch * heads // kv_heads * total
 
 
 def attend(
@@ -236,11 +287,11 @@ def differentiate(
     sums = dq.zero_() if is_wide else torch.zeros_like(dq, dtype=wide_dtype(dq))
     dots = _dots(heads, dout, out)
     for keys in heads.key_chunks():
-        key, value = (heads.key_tile(t, [keys]) for t in (k, v))
+        key, value = heads.key_tile(k, [keys]) * (scale * _LOG2_E), heads.key_tile(v, [keys])
         dk, dv = (t.new_zeros(t.mT.shape) for t in (key, value))
         for rows in heads.rows_of(keys):
             query, upstream = heads.row_tile(q, rows), heads.row_tile(dout, rows)
-            z = times(query, key.mT).mul_(scale * _LOG2_E)
+            z = times(query, key.mT)
             z.sub_(heads.row_tile(lse, rows)[..., None] * _LOG2_E).exp2_()
             heads.hide(z, rows, [keys], 0.0)
             dv += times(upstream.mT, z)
@@ -248,7 +299,7 @@ def differentiate(
             dz.mul_(z)
             dk += times(query.mT, dz)
             part = sums[:, :, :, rows]
-            part.add_(times(dz, key).view(part.shape), alpha=scale)
+            part.add_(times(dz, key).view(part.shape), alpha=1 / _LOG2_E)
             del z, dz
         for result, total in ((results[1], dk.mul_(scale)), (results[2], dv)):
             part = result[heads.sequences, heads.heads, keys]
@@ -266,10 +317,57 @@ def _dots(heads: Heads, dout: Tensor, out: Tensor) -> Tensor:
     return torch.cat(parts, -1)
 
 
+def forward_bytes(heads: Heads, q: Tensor, k: Tensor, v: Tensor) -> int:
+    """What `attend` allocates at most at a time, in bytes."""
+    *_, rows = heads.row_chunks()
+    breadth = max(_length(keys) for keys in heads.keys_of(rows))
+    height, width, depth = heads.group * _length([rows]), _hint(q, 3), _hint(v, 3)
+    copies = _copies(k) + (heads.sinks > 0)
+    own = height * (breadth + width + 2 * depth + 8) + copies * breadth * max(width, depth)
+    return heads.count * own * wide_dtype(q).itemsize + 2 * breadth * _length([rows])
+
+
+def backward_bytes(heads: Heads, q: Tensor, k: Tensor, v: Tensor) -> int:
+    """What `differentiate` allocates at most at a time, in bytes."""
+    width, depth = _hint(q, 3), _hint(v, 3)
+    tiles = {
+        (_length([keys]), _length([rows]))
+        for keys in heads.key_chunks()
+        for rows in heads.rows_of(keys)
+    }
+    most = 0
+    for breadth, queries in tiles:
+        height = queries * heads.group
+        own = 2 * height * breadth + height * (2 * (width + depth) + max(width, depth) + 4)
+        own += breadth * ((1 + _copies(k)) * (width + depth) + max(width, depth))
+        most = max(most, own)
+    chunk = max(_length([rows]) for rows in heads.row_chunks())
+    rows = heads.group * heads.queries
+    most = max(most, 3 * heads.group * chunk * depth)
+    most += rows * (2 + width * (q.dtype != wide_dtype(q)))
+    return heads.count * most * wide_dtype(q).itemsize + 2 * AREA
+
+
+def _copies(t: Tensor) -> int:
+    """Of a tile of keys, where it is not read as it is."""
+    return int(t.dtype != wide_dtype(t) or not t.is_contiguous())
+
+
+def _length(parts: Sequence[slice]) -> int:
+    return sum(part.stop - part.start for part in parts)
+
+
+def _hint(t: Tensor, dimension: int) -> int:
+    return size_hint(t.shape[dimension])
+
+
 def times(a: Tensor, b: Tensor) -> Tensor:
     """The products of some matrices."""
+    sizes = (*a.shape[1:], b.shape[2])
     is_served = len(a) == 1 and a.dtype == torch.float32 and a.device.type == "cpu"
-    if is_served and min(a.shape[1], b.shape[2]) >= _LEAST_PRODUCT and torch.backends.mkldnn.is_available():
-        result: Tensor = _LINEAR(a[0], b[0].mT, None, "none", [], "")
+    is_served &= min(sizes) >= _LEAST_PRODUCT and not any(size % _SERVED for size in sizes)
+    if is_served and torch.backends.mkldnn.is_available():
+        linear = torch.ops.mkldnn._linear_pointwise.default
+        result: Tensor = linear(a[0], b[0].mT, None, "none", [], "")
         return result[None]
     return torch.bmm(a, b)

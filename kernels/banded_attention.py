@@ -23,17 +23,24 @@ Legend: ``B`` sequences, ``Hq`` heads of queries, ``Hk`` heads of keys, ``G`` he
 each of these, ``N`` queries, ``M`` keys, ``D`` entries of a key and ``E`` of a value.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from memopt.errors import ConfigError
-from memopt.kernels.band_tiles import attend, differentiate, divide
+from memopt.kernels.band_tiles import (
+    attend,
+    backward_bytes,
+    differentiate,
+    divide,
+    forward_bytes,
+)
 from memopt.kernels.inputs import no_autocast, same_dtype
-from memopt.kernels.spec import Arguments, Results
-from memopt.kernels.wide import wide_dtype
+from memopt.kernels.serving import launched, serves
+from memopt.kernels.spec import Arguments, KernelSpec, Results, drawn
+from memopt.kernels.wide import own_bytes, wide_dtype
 
 _TABLE = "SymInt[] spans, SymInt[] sinks, float scale"
 torch.library.define(
@@ -44,6 +51,7 @@ torch.library.define(
     f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_TABLE})"
     " -> (Tensor, Tensor, Tensor)",
 )
+WIDEST = 256
 ATTENTION = torch.ops.memopt.banded_attention.default
 ATTENTION_BACKWARD = torch.ops.memopt.banded_attention_backward.default
 
@@ -70,7 +78,7 @@ def _plain(
         ConfigError: shapes, dtypes, spans or sinks are not these.
     """
     check(q, k, v, spans, sinks)
-    out, lse = _unwritten(q, k, v)
+    out, lse = unwritten(q, k, v)
     with no_autocast(q):
         for heads in divide(q, k, v, spans, sinks):
             attend(heads, q, k, v, scale, out, lse)
@@ -109,29 +117,27 @@ def _plain_backward(
         ConfigError: as in the forward.
     """
     check(q, k, v, spans, sinks)
-    results = _unwritten_backward(dout, q, k, v)
+    results = unwritten_backward(dout, q, k, v)
     with no_autocast(q):
         for heads in divide(q, k, v, spans, sinks):
             differentiate(heads, (dout, q, k, v, out, lse), scale, results)
     return results
 
 
-def check(
-    q: Tensor, k: Tensor, v: Tensor, spans: Sequence[int], sinks: Sequence[int]
-) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[int], sinks: Sequence[int]) -> None:
     """Raise ``ConfigError`` for what is no attention of grouped queries, or has no such table."""
     shapes = f"q is {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
     if any(t.dim() != 4 for t in (q, k, v)):
-        raise ConfigError(
-            f"{shapes}: allowed are (B, Hq, N, D), (B, Hk, M, D) and (B, Hk, M, E)"
-        )
+        raise ConfigError(f"{shapes}: allowed are (B, Hq, N, D), (B, Hk, M, D) and (B, Hk, M, E)")
     (batch, heads, queries, width), (kv_batch, kv_heads, keys, kv_width) = q.shape, k.shape
     if v.shape[:3] != k.shape[:3] or batch != kv_batch or width != kv_width:
-        raise ConfigError(
-            f"{shapes}: allowed are (B, Hq, N, D), (B, Hk, M, D) and (B, Hk, M, E)"
-        )
+        raise ConfigError(f"{shapes}: allowed are (B, Hq, N, D), (B, Hk, M, D) and (B, Hk, M, E)")
+    if max(width, v.shape[3]) > WIDEST:
+        raise ConfigError(f"{shapes}: allowed are heads of at most {WIDEST} entries")
     if kv_heads == 0 or heads % kv_heads:
-        raise ConfigError(f"{heads} heads of queries: allowed is a multiple of {kv_heads}, of keys")
+        raise ConfigError(
+            f"{heads} heads of queries: allowed is a multiple of {kv_heads}, of keys"
+        )
     if queries > keys:
         raise ConfigError(
             f"{queries} queries of {keys} keys: the queries are the newest keys, so there are no "
@@ -152,13 +158,15 @@ def check(
             )
 
 
-def _unwritten(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Results:
+def unwritten(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Results:
+    """Results that nobody has written to."""
     batch, heads, n, _width = q.shape
     out = q.new_empty(batch, n, heads, v.shape[3]).transpose(1, 2)
     return out, q.new_empty(batch, heads, n, dtype=wide_dtype(q))
 
 
-def _unwritten_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Results:
+def unwritten_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Results:
+    """Gradients that nobody has written to."""
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
@@ -177,8 +185,77 @@ def _backward(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Any, ...
     return (*ATTENTION_BACKWARD(dout, *ctx.saved_tensors, *ctx.table), *nothing)
 
 
-torch.library.register_fake("memopt::banded_attention", _unwritten)
-torch.library.register_fake("memopt::banded_attention_backward", _unwritten_backward)
+torch.library.register_fake("memopt::banded_attention", unwritten)
+torch.library.register_fake("memopt::banded_attention_backward", unwritten_backward)
 torch.library.register_autograd("memopt::banded_attention", _backward, setup_context=_save)
-torch.library.impl("memopt::banded_attention", "default", _plain)
-torch.library.impl("memopt::banded_attention_backward", "default", _plain_backward)
+
+
+def _scratch(q: Tensor, k: Tensor, v: Tensor, spans: Any, sinks: Any, scale: float) -> int:
+    if serves(q):
+        return launched("banded_launches", "forward_bytes")(q, k, v)  # type: ignore[no-any-return]
+    return max((forward_bytes(h, q, k, v) for h in divide(q, k, v, spans, sinks)), default=0)
+
+
+def _backward_scratch(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    spans: Any,
+    sinks: Any,
+    scale: float,
+) -> int:
+    if serves(q):
+        copied = sum(own_bytes(t) for t in (dout, q, k, v, out) if t.stride(3) != 1)
+        return copied + 2 * own_bytes(lse)
+    return max((backward_bytes(h, q, k, v) for h in divide(q, k, v, spans, sinks)), default=0)
+
+
+def _samples(dtype: torch.dtype) -> Iterator[Arguments]:
+    """Training with two rules, decoding, prefill by chunks with values of another width; odd."""
+
+    def draw(*shape: int) -> Tensor:
+        return drawn(*shape, dtype=dtype)
+
+    def by_token(*shape: int) -> Tensor:
+        """What a projection gives, by head."""
+        return draw(*shape).transpose(1, 2)
+
+    q, k, v = (by_token(1, 160, heads, 64) for heads in (4, 2, 2))
+    yield q, k, v, [48, 0], [16, 0], 0.125
+    yield draw(2, 4, 1, 64), draw(2, 2, 320, 64), draw(2, 2, 320, 64), [100, 64], [4, 0], 0.125
+    yield draw(1, 1, 48, 128), draw(1, 1, 144, 128), draw(1, 1, 144, 64), [40], [33], 0.1
+    yield draw(1, 2, 70, 256), draw(1, 2, 70, 256), draw(1, 2, 70, 256), [1, 70], [0, 5], 0.0625
+    yield draw(1, 3, 37, 40), draw(1, 1, 53, 40), draw(1, 1, 53, 24), [7], [2], -0.3
+
+
+def _backward_samples(dtype: torch.dtype) -> Iterator[Arguments]:
+    for q, k, v, *table in _samples(dtype):
+        out, lse = _plain(q, k, v, *table)
+        yield torch.randn(out.shape).to(dtype), q, k, v, out, lse, *table
+
+
+BANDED_ATTENTION = KernelSpec(
+    name="memopt::banded_attention",
+    plain=_plain,
+    launch=launched("banded_launches", "forward"),
+    scratch=_scratch,
+    samples=_samples,
+    l2_share=8.0,  # keys are read again for every tile of rows
+    source="arXiv:2307.08691, arXiv:2309.17453, arXiv:2406.14909",
+)
+BANDED_ATTENTION_BACKWARD = KernelSpec(
+    name="memopt::banded_attention_backward",
+    plain=_plain_backward,
+    launch=launched("banded_launches", "backward"),
+    scratch=_backward_scratch,
+    samples=_backward_samples,
+    dram_share=1.7,  # two launches read queries, keys, values and the gradient
+    l2_share=8.0,
+    source=BANDED_ATTENTION.source,
+)
+SPECS = (BANDED_ATTENTION, BANDED_ATTENTION_BACKWARD)
+for _spec in SPECS:
+    _spec.implement()

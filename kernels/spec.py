@@ -32,6 +32,8 @@ class KernelSpec:
             no block, strides and left-out arguments among them.
         large: arguments like the usual ones, of a size that is worth timing on a GPU; None where
             the samples are.
+        dram_share: bytes to and from memory over those of every input read once and every result
+            written once: above 1 where several launches read the same.
         l2_share: sectors that programs move to and from the shared cache, over those that move
             to and from memory: above 1 where several programs read the same.
         source: the paper or system that the kernel comes from.
@@ -43,6 +45,7 @@ class KernelSpec:
     scratch: Callable[..., int]
     samples: Callable[[torch.dtype], Iterable[Arguments]]
     large: Callable[[torch.dtype], Iterable[Arguments]] | None = None
+    dram_share: float = 1.0
     l2_share: float = 1.0
     source: str
 

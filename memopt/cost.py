@@ -13,6 +13,7 @@ from torch.utils.flop_counter import flop_registry
 from memopt._torch import OpOverload, disable_modes, pytree, size_hint
 from memopt.device import DeviceSpec
 from memopt.graph import OpKind, op_kind, packet_name, tensors
+from memopt.kernels.band_tiles import seen_scores
 from memopt.workspace import workspace_bytes
 
 # Vector operations that cost this many times an addition, on a device without spare arithmetic.
@@ -133,6 +134,8 @@ def flops(node: fx.Node) -> float:
         batch, heads, rows, width = (size_hint(d) for d in query.shape)
         columns = size_hint(key.shape[2])
         return _ATTENTION_PRODUCTS[name] * 2.0 * batch * heads * rows * columns * width
+    if formula is None and name in _BANDED_PRODUCTS:
+        return _banded_flops(node, name)
     if formula is None:
         return float(sum(size_hint(t.numel()) for t in _values(node)))
     args, kwargs = pytree.tree_map_only(
@@ -152,6 +155,23 @@ _ATTENTION_AT = {
     "aten._scaled_dot_product_flash_attention_for_cpu": 0,
     "aten._scaled_dot_product_flash_attention_for_cpu_backward": 1,
 }
+
+
+# Products of each score that is seen: as long as a key, and as long as a value.
+_BANDED_PRODUCTS = {
+    "memopt.banded_attention": (1, 1),
+    "memopt.banded_attention_backward": (3, 2),
+}
+
+
+def _banded_flops(node: fx.Node, name: str) -> float:
+    """Of scores that are seen alone."""
+    args = pytree.tree_map_only(fx.Node, lambda n: n.meta.get("val"), node.args)
+    q, k, v, *_ = args[name.endswith("_backward") :]
+    spans, sinks = args[-3:-1]
+    by_key, by_value = _BANDED_PRODUCTS[name]
+    terms = by_key * size_hint(q.shape[3]) + by_value * size_hint(v.shape[3])
+    return 2.0 * seen_scores(q, k, spans, sinks) * terms
 
 
 def _with_hints(value: Any) -> Any:

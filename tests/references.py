@@ -175,3 +175,25 @@ def contrastive(x: Tensor, y: Tensor, scale: Tensor, *, both: bool) -> Tensor:
     labels = torch.arange(len(x), device=x.device)
     loss = F.cross_entropy(z, labels)
     return (loss + F.cross_entropy(z.t(), labels)) / 2 if both else loss
+
+
+def band(q: Tensor, k: Tensor, spans: Sequence[int], sinks: Sequence[int]) -> Tensor:
+    """Which keys the queries of each head see, `(Hq, N, M)`: a span, and the first ones."""
+    keys, queries = k.shape[2], q.shape[2]
+    own = torch.arange(keys - queries, keys)[:, None]
+    there = torch.arange(keys)
+    seen = [
+        (there <= own) & ((own - there < (span or keys)) | (there < first))
+        for span, first in zip(spans, sinks, strict=True)
+    ]
+    return torch.stack(seen).repeat_interleave(q.shape[1] // k.shape[1], 0)
+
+
+def banded_attention(
+    q: Tensor, k: Tensor, v: Tensor, spans: Sequence[int], sinks: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Under a dense mask, with expanded keys: the result, and the log-sum-exps of its scores."""
+    seen, group = band(q, k, spans, sinks), q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    z = (scale * q @ k.mT).masked_fill(~seen, -torch.inf)
+    return z.softmax(-1) @ v, z.logsumexp(-1)

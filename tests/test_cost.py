@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import fx
 
-from memopt.cost import CostModel
+from memopt.cost import CostModel, flops
 from memopt.device import DEVICES
+from memopt.kernels.banded_attention import ATTENTION
 from tests.graphs import lowered
+from tests.references import band
 
 aten = torch.ops.aten
 SLOW = dataclasses.replace(
@@ -116,3 +118,21 @@ def test_numbers_drawn_one_by_one_on_the_cpu_cost_more_than_exponentials() -> No
     for device, least in (("cpu", 10), ("h100", 2)):
         cost = CostModel(DEVICES[device], fused=True)
         assert cost.seconds(drawn) > least * cost.seconds(exponentials)
+
+
+@pytest.mark.parametrize("spans", [[3, 0], [1, 5], [100, 2]])
+@pytest.mark.parametrize("queries", [1, 4, 9])
+def test_banded_attention_costs_the_scores_that_are_seen(spans: list[int], queries: int) -> None:
+    q, k, v = (
+        torch.empty(2, heads, length, 8, device="meta")
+        for heads, length in ((4, queries), (2, 9), (2, 9))
+    )
+    sinks = [2, 1]
+    seen = 2 * int(band(q, k, spans, sinks).sum())
+    graph = fx.Graph()
+    inputs = [graph.placeholder(name) for name in "qkv"]
+    for one, value in zip(inputs, (q, k, v), strict=True):
+        one.meta["val"] = value
+    made = graph.call_function(ATTENTION, (*inputs, spans, sinks, 1.0))
+    made.meta["val"] = ATTENTION(q, k, v, spans, sinks, 1.0)
+    assert flops(made) == 2 * seen * (8 + 8)

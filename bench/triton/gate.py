@@ -106,7 +106,7 @@ def check_spec(spec: KernelSpec, arguments: Sequence[Any]) -> list[str]:
     plain = spec.plain(*arguments)
     exact = spec.plain(*in_float64(arguments))
     ideal = ideal_bytes(arguments, plain)
-    traffic = Traffic(dram_bytes=ideal, l2_bytes=int(ideal * spec.l2_share))
+    traffic = Traffic(dram_bytes=int(ideal * spec.dram_share), l2_bytes=int(ideal * spec.l2_share))
 
     def run() -> Sequence[Tensor]:
         with uninitialised_is_nan():
