@@ -39,13 +39,22 @@ class Profile:
 
     Attributes:
         spans: the layer, without rules.
-        maps: by length, influence summed over samples: `(Hk, blocks, blocks)`.
+        maps: by length, the mean influence over batches: `(Hk, blocks, blocks)`. A loss that
+            is a mean over the sequences of a batch has the mean over these.
+        batches: by length, how many of them there were.
         is_causal: whether every call so far was causal self-attention.
     """
 
     spans: LayerSpans
     maps: dict[int, Tensor] = field(default_factory=dict)
+    batches: dict[int, int] = field(default_factory=dict)
     is_causal: bool = True
+
+    def add(self, influence: Tensor, n: int) -> None:
+        """Take what one more batch of that length has shown into the mean."""
+        count = self.batches[n] = self.batches.get(n, 0) + 1
+        before = self.maps.get(n, torch.zeros_like(influence))
+        self.maps[n] = before + (influence - before) / count
 
 
 def calibrate(
@@ -164,12 +173,11 @@ def _profile(model: nn.Module, batches: list[Any], loss: Loss, block: int) -> li
             continue
         outs = [out for _, out in made]
         gradients = torch.autograd.grad(value, outs, allow_unused=True)
-        for (call, out), gradient in zip(made, gradients, strict=True):
+        for (call, _), gradient in zip(made, gradients, strict=True):
             if gradient is not None:
                 q, k, v = call.qkv
-                new = pooled(q, k, v, gradient, call.scale, block) / out.shape[0]
-                maps = profiles[call.name].maps
-                maps[q.shape[2]] = maps.get(q.shape[2], 0) + new
+                influence = pooled(q, k, v, gradient, call.scale, block)
+                profiles[call.name].add(influence, q.shape[2])
     return list(profiles.values())
 
 

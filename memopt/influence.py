@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _LEAST_REST = 1e-6  # of 1 - A in float32: where one entry is all, nothing else weighs anything
-_CHUNK_BYTES = 2**25
+_CHUNK_BYTES = 2**24  # of the scores of some rows; there are half a dozen such values
 
 
 def pooled(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, scale: float, block: int) -> Tensor:

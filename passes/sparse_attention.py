@@ -42,7 +42,9 @@ from memopt.span_rules import FULL, Rule
 
 _TOKENS = 2
 _WIDENED = 128  # keys that a kernel reads for a query besides its span: blocks of rows share them
-_WORTH = 0.9  # of the products of full attention
+# From how many keys on, and below which share of the products of full attention, spans save time:
+# measured on the CPU; a GPU starts as many kernels. One query is bound by starting them.
+_PREFILL, _ONE_QUERY = (1024, 0.9), (4096, 0.45)
 
 Known = Mapping[tuple[tuple[str, ...], int], LayerSpans]
 
@@ -153,18 +155,23 @@ class SparseAttention:
             )
             unknown[f"{text}: attention is computed in full"] = None
             return text
-        length = size_hint(n)
-        spans, sinks = layer.spans(length), self.plan.sinks
-        if shape_of(attention.arguments["query"])[_TOKENS] == 1:
-            computed = sum(min(span + sinks, length) for span in spans)
-            whole = length * len(spans)
+        return "" if self.always else self._reason_to_save_none(attention, layer)
+
+    def _reason_to_save_none(self, attention: Attention, layer: LayerSpans) -> str:
+        """Why spans would save no time, or ``""``: (4)."""
+        n, sinks = shape_of(attention.key)[_TOKENS], self.plan.sinks
+        length, is_one = size_hint(n), shape_of(attention.arguments["query"])[_TOKENS] == 1
+        least, most = _ONE_QUERY if is_one else _PREFILL
+        if n < least:  # of a symbol, a guard as well
+            return f"of fewer than {least} keys it is as fast"
+        spans = layer.spans(length)
+        if is_one:
+            share = sum(min(span + sinks, length) for span in spans) / (length * len(spans))
         else:
             wide = [min(span + _WIDENED, length) for span in spans]
-            computed = sum(visible(span, sinks, length) for span in wide)
-            whole = visible(length, 0, length) * len(spans)
-        if computed > _WORTH * whole and not self.always:  # (4)
-            return f"its spans leave {1 - computed / whole:.0%} out, which saves nothing"
-        return ""
+            seen = sum(visible(span, sinks, length) for span in wide)
+            share = seen / (len(spans) * visible(length, 0, length))
+        return "" if share <= most else f"its spans leave {1 - share:.0%} out, which saves nothing"
 
 
 def _known(plan: SpanPlan) -> Known:

@@ -16,6 +16,7 @@ from bench import retrieval
 from bench.zoo import MODELS
 from memopt import progress
 from memopt.attention import SpanPlan, calibrate
+from memopt.calibration import _loss_of, _profile
 from memopt.errors import ConfigError, LossGuardError, PlanError
 from tests.span_models import compiled, masked
 
@@ -289,10 +290,13 @@ def test_a_bar_appears_on_a_terminal_only_and_only_where_it_takes_long() -> None
     assert drawn(60.0, terminal=True) == drawn(0.0, terminal=False) == ""
 
 
-def test_influence_is_summed_over_sequences_and_averaged() -> None:
-    given = model("told")
-    once, twice = data(32), [data(32)[0].repeat(2, 1)]
-    assert plan_of(given, once).layers == plan_of(given, twice).layers
+def test_influence_is_a_mean_over_sequences_and_batches() -> None:
+    given = model("told").eval()
+    (ids,) = data(32)
+    (once,) = _profile(given, [ids], _loss_of, 4)
+    for batches in ([ids.repeat(3, 1)], [ids, ids], list(ids[:, None])):
+        (other,) = _profile(given, batches, _loss_of, 4)
+        torch.testing.assert_close(other.maps[32], once.maps[32], rtol=1e-4, atol=1e-8)
 
 
 def test_the_documented_example_runs(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.meter import Meter
 from memopt import influence
 from memopt.influence import pooled, shares
 
@@ -60,6 +61,15 @@ def test_pieces_of_the_queries_give_the_same(monkeypatch: pytest.MonkeyPatch) ->
     whole = pooled(*given, 0.5, 4)
     monkeypatch.setattr(influence, "_CHUNK_BYTES", 1)
     torch.testing.assert_close(pooled(*given, 0.5, 4), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_no_map_is_held_as_a_whole() -> None:
+    n, heads, block = 2048, 8, 64
+    q, k, v, gradient = torch.randn(4, 1, heads, n, 8)
+    with Meter("cpu") as meter:
+        pooled(q, k, v, gradient, 0.5, block)
+    one_map = heads * n * n * 4
+    assert meter.peak_bytes < one_map  # with half a dozen temporaries of its size, but for pieces
 
 
 def test_an_entry_that_is_all_of_its_row_is_finite() -> None:

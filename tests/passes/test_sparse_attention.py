@@ -299,11 +299,28 @@ def test_every_call_is_listed_with_the_error_of_its_heads() -> None:
         assert "held-out loss by 1.00%" in text
 
 
-def test_what_saves_nothing_is_computed_in_full() -> None:
-    options: Any = {"passes": {"sparse_attention": {"plan": plan()}}, "lowering": "eager"}
-    report = memopt.explain(Outer(told), *tensors(), options=options)
+def said(given: SpanPlan, model: nn.Module, *inputs: Tensor) -> str:
+    """The one remark, where no one asks for spans that save nothing."""
+    torch._dynamo.reset()
+    options: Any = {"passes": {"sparse_attention": {"plan": given}}, "lowering": "eager"}
+    report = memopt.explain(model, *inputs, options=options)
     (text,) = (r.text for r in report.graphs[0].remarks if r.pass_name == SparseAttention.name)
-    assert "saves nothing" in text
+    return text
+
+
+def test_what_saves_nothing_is_computed_in_full() -> None:
+    long: Any = {"lengths": (16, 8192)}
+    prefill = tensors(1024, dtype=torch.float32)
+    assert "as fast" in said(plan(**long), Outer(told), *tensors())
+    assert "off by" in said(plan(**long), Outer(told), *prefill)
+    wide = plan(Elastic(0, 7), Elastic(0, 6), **long)
+    assert "saves nothing" in said(wide, Outer(told), *prefill)
+    q, k, v = tensors(1, 4095, dtype=torch.float32)
+    new = torch.zeros(BATCH, HEADS, 1, WIDTH)
+    assert "off by" in said(plan(**long), Outer(grows), q, k, v, new)
+    assert "as fast" in said(plan(**long), Outer(grows), q, k[:, :, :-1], v[:, :, :-1], new)
+    wide = plan(SHORT, FULL, **long)
+    assert "saves nothing" in said(wide, Outer(grows), q, k, v, new)
 
 
 def test_what_saves_is_rewritten_without_being_told_so() -> None:
@@ -314,6 +331,16 @@ def test_what_saves_is_rewritten_without_being_told_so() -> None:
     torch._dynamo.reset()
     model = torch.compile(Outer(told), backend="memopt", options=options)
     torch.testing.assert_close(model(*given), reference((SHORT, HALF), *given))
+
+
+def test_spans_begin_where_a_changing_length_is_worth_it() -> None:
+    long = plan(SHORT, SHORT, lengths=(16, 2048))
+    options: Any = {"passes": {"sparse_attention": {"plan": long}}, "lowering": "eager"}
+    torch._dynamo.reset()
+    model = torch.compile(Packed(told), backend="memopt", options=options)
+    for n, rules in ((40, (FULL, FULL)), (1030, (SHORT, SHORT)), (1040, (SHORT, SHORT))):
+        x = changing(tensors(n, dtype=torch.float32))
+        torch.testing.assert_close(model(x), reference(rules, *apart(x)))
 
 
 @pytest.mark.parametrize(
