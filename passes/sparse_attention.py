@@ -29,7 +29,7 @@ from memopt._torch import size_hint
 from memopt.emit import emit, extent, same_shape, shape_of
 from memopt.errors import ConfigError, PlanError
 from memopt.graph import source_line
-from memopt.kernels.banded_attention import ATTENTION
+from memopt.kernels.banded_attention import ATTENTION, WIDEST
 from memopt.passes.attentions import ATTEND, HEADS, Attention
 from memopt.passes.modules import module_paths, path_of
 from memopt.passes.position_masks import is_causal
@@ -193,6 +193,8 @@ def _reason_against(attention: Attention) -> str:
     mask = arguments["attn_mask"]
     if mask is not None and not (isinstance(mask, fx.Node) and is_causal(mask, attention.node)):
         return "its mask is not known to be causal"
+    if max(shape_of(query)[3], shape_of(value)[3]) > WIDEST:
+        return f"its heads have more than {WIDEST} entries"
     if reason := attention.reason_to_repeat():
         return reason
     lengths = [shape_of(n)[_TOKENS : _TOKENS + 1] for n in (query, attention.key, value)]

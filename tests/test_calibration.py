@@ -16,7 +16,8 @@ from bench import retrieval
 from bench.zoo import MODELS
 from memopt import progress
 from memopt.attention import SpanPlan, calibrate
-from memopt.calibration import _loss_of, _profile
+from memopt.attention_profile import profiled
+from memopt.calibration_runs import loss_of
 from memopt.errors import ConfigError, LossGuardError, PlanError
 from tests.span_models import compiled, masked
 
@@ -157,6 +158,21 @@ def test_what_is_not_causal_gets_no_rules() -> None:
     assert plan.layers[1].name == "blocks.1"
 
 
+def test_heads_that_are_too_wide_get_no_rules() -> None:
+    class Wide(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            wide = x.repeat(1, 1, 9)[:, None]  # 288 entries
+            y = F.scaled_dot_product_attention(wide, wide, wide, is_causal=True)
+            return y[:, 0, :, :WIDTH]
+
+    given = Model(Wide(), Block())
+    plan = plan_of(given)
+    assert [bool(layer.rules) for layer in plan.layers] == [False, True]
+    (ids,) = data(32, seed=1)
+    given.eval()
+    assert compiled(given, plan)(ids).item() == pytest.approx(plan.losses[0].sparse, rel=1e-5)
+
+
 @pytest.mark.parametrize("how", ["whole", "padding"])
 def test_a_model_without_causal_attention_is_refused(how: str) -> None:
     with pytest.raises(ConfigError, match="none is causal self-attention"):
@@ -293,9 +309,9 @@ def test_a_bar_appears_on_a_terminal_only_and_only_where_it_takes_long() -> None
 def test_influence_is_a_mean_over_sequences_and_batches() -> None:
     given = model("told").eval()
     (ids,) = data(32)
-    (once,) = _profile(given, [ids], _loss_of, 4)
+    (once,) = profiled(given, [ids], loss_of, 4)
     for batches in ([ids.repeat(3, 1)], [ids, ids], list(ids[:, None])):
-        (other,) = _profile(given, batches, _loss_of, 4)
+        (other,) = profiled(given, batches, loss_of, 4)
         torch.testing.assert_close(other.maps[32], once.maps[32], rtol=1e-4, atol=1e-8)
 
 
