@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench import attention, compare, kernels, plans, plot, startup
+from bench import attention, compare, kernels, plans, plot, retrieval, startup
 from bench.cases import CASES, DEFAULT, QUICK_CASES
 from bench.peers import PEERS, QUICK
 from bench.results import header, load, save
@@ -19,6 +19,7 @@ from bench.zoo import MODELS
 OTHERS: Mapping[str, tuple[Callable[..., list[dict[str, Any]]], str]] = {
     startup.CASE: (startup.run, "compile time of a 32-layer Llama, cold and warm"),
     kernels.CASE: (kernels.run, "every kernel: bytes, code for four GPUs, on cuda its speed"),
+    retrieval.CASE: (retrieval.run, "what spans by plan and one window keep of a small model"),
     attention.CASE: (attention.run, "attention with spans beside causal, masked and flex"),
     plans.CASE: (plans.run, "plans for a GPU that is not here, and how good the search is"),
 }

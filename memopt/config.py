@@ -160,6 +160,10 @@ def _freeze(path: str, value: object) -> object:
         return _settings(path, value)
     if isinstance(value, list | tuple):
         return tuple(_freeze(f"{path}[{i}]", item) for i, item in enumerate(value))
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if callable(serialise := getattr(value, "to_json", None)):  # a plan
+        value = serialise()
     finite = not isinstance(value, float) or math.isfinite(value)
     if finite and (value is None or isinstance(value, bool | int | float | str)):
         return value

@@ -1,5 +1,7 @@
 """Every error memopt raises on purpose; each message says what was seen and what to do."""
 
+from typing import Any
+
 
 class MemoptError(Exception):
     """Base class: catch this to catch anything memopt raises on purpose."""
@@ -29,6 +31,18 @@ class PipelineError(MemoptError, ValueError):
 
 class PlanError(MemoptError, ValueError):
     """A plan file is malformed, or belongs to another graph."""
+
+
+class LossGuardError(PlanError):
+    """A plan of spans raises the loss of held-out data by more than its guard allows.
+
+    Attributes:
+        plan: the plan that was refused, to look at.
+    """
+
+    def __init__(self, message: str, *, plan: Any) -> None:
+        super().__init__(message)
+        self.plan = plan
 
 
 class PartitionError(MemoptError, RuntimeError):

@@ -13,7 +13,7 @@ from torch import fx
 
 from memopt._torch import OpOverload, copy_graph, trace_structured
 from memopt.config import Config
-from memopt.errors import PipelineError
+from memopt.errors import PipelineError, PlanError
 from memopt.graph import is_mutating, tensors
 from memopt.remarks import Remark, RemarkKind
 
@@ -94,6 +94,9 @@ class Pipeline:
 
         A pass that raises, or leaves a broken graph, is undone with a remark and a warning; with
         ``strict`` it raises.
+
+        Raises:
+            PlanError: a plan that the options name is not for this model.
         """
         before: fx.Graph | None = None  # a copy; good for as long as nothing is rewritten
         for pass_ in self.passes:
@@ -108,6 +111,8 @@ class Pipeline:
                 rewrites = configured(gm.graph, ctx)
                 if rewrites:
                     self._settle(gm, before)
+            except PlanError:
+                raise  # what was asked for by name is for another model
             except Exception as error:
                 if ctx.config.strict:
                     raise

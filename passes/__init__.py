@@ -31,6 +31,7 @@ from memopt.passes.pack_masks import PackMasks
 from memopt.passes.pack_query_groups import PackQueryGroups
 from memopt.passes.prove_causal import ProveCausal
 from memopt.passes.remake_in_backward import RemakeInBackward
+from memopt.passes.sparse_attention import SparseAttention
 from memopt.passes.tune_norms import TuneNorms
 from memopt.passes.unshare_readers import UnshareReaders
 from memopt.passes.weigh_rows import WeighRows
@@ -43,6 +44,7 @@ PRE_GRAD: tuple[Pass, ...] = (
     FuseNorms(),
     FuseGates(),
     ProveCausal(),
+    SparseAttention(),
     PackQueryGroups(),
 )
 JOINT: tuple[Pass, ...] = (

@@ -12,18 +12,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS: tuple[str, ...] = (
-    "errors remarks timeline units _torch row_index",
+    "errors remarks timeline units _torch row_index progress",
     "lazy_stamps row_ir",
     "_versions budget device graph plan ledger fusion emit lazy_rows storage_meter row_body "
-    "cache_rows cache_shape cache_codes cache_store",
-    "config joint record kernels lazy_rules row_nodes row_rules row_tiling _transformers",
+    "cache_rows cache_shape cache_codes cache_store attention_calls influence span_rules "
+    "calibration_runs",
+    "config joint record kernels lazy_rules row_nodes row_rules row_tiling _transformers "
+    "span_layers",
     "schedule page mincut workspace trials lives lazy_logits losses row_reader row_kernel "
-    "cache_layer",
+    "cache_layer span_view attention_profile",
     "report liveness transfers pipeline cost replay row_select row_source cache_columns "
-    "cache_attention",
-    "returned row_lowering forms cutters cache_spans",
-    "row_choice cache_quantized cache_evicting cache_host",
-    "passes problem cache",
+    "cache_attention span_plan span_search",
+    "returned row_lowering forms cutters cache_spans span_trials",
+    "row_choice cache_quantized cache_evicting cache_host calibration",
+    "passes problem cache attention",
     "regions chunking",
     "solve",
     "planner partition certify",

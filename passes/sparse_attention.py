@@ -1,0 +1,272 @@
+"""Let every head of keys look back as far as a plan of spans says, and no further.
+
+(1) A call is rewritten where it is causal self-attention: told so, as after ``prove_causal``, by
+    a mask of positions whose lengths are symbols, or of one query over keys that end in its own,
+    as with a cache that grows.
+(2) The plan knows a call by the module that makes it. A call that it does not know, or with
+    other heads, is of another model, which is an error.
+(3) Lengths that the plan was not made for run in full, with a warning.
+(4) Where a span leaves so little out that nothing is saved, the call stays as it is.
+
+Pays: products, and in decoding the reading of keys and values, as by the plan's density. Does not:
+at lengths below the spans. Lossy: off until a plan is named; `explain` lists each call with the
+error that its heads had on the plan's held-out data.
+
+Sources: MoA (Fu et al. 2024), arXiv:2406.14909, for the spans; StreamingLLM (Xiao et al. 2024),
+arXiv:2309.17453, for the sinks.
+"""
+
+import operator
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import fx
+
+from memopt._torch import size_hint
+from memopt.emit import emit, extent, same_shape, shape_of
+from memopt.errors import ConfigError, PlanError
+from memopt.graph import source_line
+from memopt.kernels.banded_attention import ATTENTION, WIDEST
+from memopt.passes.attentions import ATTEND, HEADS, Attention
+from memopt.passes.modules import module_paths, path_of
+from memopt.passes.position_masks import is_causal
+from memopt.passes.steps import name_of
+from memopt.pipeline import PassContext
+from memopt.remarks import RemarkKind
+from memopt.span_layers import LayerSpans, signature, visible
+from memopt.span_plan import SpanPlan
+from memopt.span_rules import FULL, Rule
+
+_TOKENS = 2
+_WIDENED = 128  # keys that a kernel reads for a query besides its span: blocks of rows share them
+# From how many keys on, and below which share of the products of full attention, spans save time:
+# measured on the CPU; a GPU starts as many kernels. One query is bound by starting them.
+_PREFILL, _ONE_QUERY = (1024, 0.9), (4096, 0.45)
+
+Known = Mapping[tuple[tuple[str, ...], int], LayerSpans]
+
+
+@dataclass(frozen=True)
+class SparseAttention:
+    """``sdpa(q, k, v, is_causal)`` -> ``memopt::banded_attention(q, k, v, spans, sinks)``.
+
+    Attributes:
+        plan: a `memopt.attention.SpanPlan`, its JSON, or the path of a file with it; None for no
+            sparse attention.
+        always: whether to do so even where nothing is saved, as to see what a plan loses.
+
+    Raises:
+        ConfigError: a value is of another type.
+        PlanError: there is no such file, or it is no plan of spans.
+    """
+
+    name: ClassVar[str] = "sparse_attention"
+    requires: ClassVar[frozenset[str]] = frozenset()
+    establishes: ClassVar[frozenset[str]] = frozenset()
+    plan: Any = None
+    always: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.plan, SpanPlan | str | None):
+            raise ConfigError(
+                f"option 'plan' of pass {self.name!r} = {self.plan!r}: allowed is a SpanPlan, "
+                "or the path of a file that SpanPlan.save has written"
+            )
+        if not isinstance(self.always, bool):
+            raise ConfigError(
+                f"option 'always' of pass {self.name!r} = {self.always!r}: "
+                "allowed is True or False"
+            )
+        if isinstance(self.plan, str):
+            read = SpanPlan.from_json if self.plan.lstrip().startswith("{") else SpanPlan.load
+            object.__setattr__(self, "plan", read(self.plan))
+
+    def __call__(self, graph: fx.Graph, ctx: PassContext) -> int:
+        if self.plan is None:
+            if self.name in ctx.config.passes:
+                raise PlanError(
+                    f"pass {self.name!r} needs a plan: options={{'passes': {{{self.name!r}: "
+                    "{'plan': 'plan.json'}}}; memopt.attention.calibrate makes one"
+                )
+            return 0
+        known = _known(self.plan)
+        calls: Counter[tuple[str, ...]] = Counter()
+        unknown_lengths: dict[str, None] = {}
+        rewrites = 0
+        for node in graph.find_nodes(op="call_function", target=ATTEND):
+            attention, paths = Attention.of(node), module_paths(node)
+            index, calls[paths[0]] = calls[paths[0]], calls[paths[0]] + 1
+            reason = _reason_against(attention)
+            if not reason:
+                layer = self._layer(known, attention, paths, index)
+                reason = self._reason_for_all(attention, layer, unknown_lengths)
+            if not reason:
+                with graph.inserting_before(node):
+                    node.replace_all_uses_with(_banded(graph, attention, layer, self.plan.sinks))
+                graph.erase_node(node)
+                rewrites += 1
+            text = f"it attends in full: {reason}" if reason else _loss(layer, self.plan)
+            kind = RemarkKind.MISSED if reason else RemarkKind.APPLIED
+            ctx.remark(self.name, kind, text, node.name, source_line(node))
+        for text in unknown_lengths:
+            warnings.warn(f"memopt pass {self.name!r}: {text}", stacklevel=2)
+        return rewrites
+
+    def _layer(
+        self, known: Known, attention: Attention, paths: list[tuple[str, ...]], index: int
+    ) -> LayerSpans:
+        """What the plan says of a call: (2).
+
+        Raises:
+            PlanError: it says nothing of it, or of one with other heads.
+        """
+        layer = next((known[path, index] for path in paths if (path, index) in known), None)
+        where = f"call {index} of attention in module {'.'.join(paths[0])!r}"
+        again = f"the plan is for the model {self.plan.fingerprint}: calibrate this one"
+        if layer is None:
+            raise PlanError(f"the plan of pass {self.name!r} does not know {where}; {again}")
+        query: Any = shape_of(attention.arguments["query"])
+        seen = signature(query[HEADS], query[3], _scale(attention))
+        heads = shape_of(attention.key)[HEADS]
+        if seen != layer.signature or heads % layer.heads:
+            raise PlanError(
+                f"{where} has {heads} heads of keys and {seen}, and in the plan of pass "
+                f"{self.name!r} {layer.heads} of keys and {layer.signature}; {again}"
+            )
+        return layer
+
+    def _reason_for_all(
+        self, attention: Attention, layer: LayerSpans, unknown: dict[str, None]
+    ) -> str:
+        """Why a call that could be rewritten is not, or ``""``."""
+        if not layer.rules:
+            return "it was not causal self-attention where the plan was made"
+        if layer.is_full():
+            return "the plan says so"
+        n = shape_of(attention.key)[_TOKENS]
+        # Comparing a size that is a symbol guards it: other lengths are compiled anew. (3)
+        if n < self.plan.shortest or n > self.plan.longest:
+            text = (
+                f"{size_hint(n)} tokens are not {self.plan.shortest} to {self.plan.longest}, "
+                "which the plan was made for"
+            )
+            unknown[f"{text}: attention is computed in full"] = None
+            return text
+        return "" if self.always else self._reason_to_save_none(attention, layer)
+
+    def _reason_to_save_none(self, attention: Attention, layer: LayerSpans) -> str:
+        """Why spans would save no time, or ``""``: (4)."""
+        n, sinks = shape_of(attention.key)[_TOKENS], self.plan.sinks
+        length, is_one = size_hint(n), shape_of(attention.arguments["query"])[_TOKENS] == 1
+        least, most = _ONE_QUERY if is_one else _PREFILL
+        if n < least:  # of a symbol, a guard as well
+            return f"of fewer than {least} keys it is as fast"
+        spans = layer.spans(length)
+        if is_one:
+            share = sum(min(span + sinks, length) for span in spans) / (length * len(spans))
+        else:
+            wide = [min(span + _WIDENED, length) for span in spans]
+            seen = sum(visible(span, sinks, length) for span in wide)
+            share = seen / (len(spans) * visible(length, 0, length))
+        return "" if share <= most else f"its spans leave {1 - share:.0%} out, which saves nothing"
+
+
+def _known(plan: SpanPlan) -> Known:
+    """The plan's layers, by path and by which of their module's calls they are."""
+    split = [(layer.name.partition("#"), layer) for layer in plan.layers]
+    return {(path_of(name), int(index or 0)): layer for (name, _, index), layer in split}
+
+
+def _reason_against(attention: Attention) -> str:
+    """Why a call is not known to be causal self-attention, or ``""``: (1)."""
+    arguments = attention.arguments
+    query, value = arguments["query"], attention.value
+    if len(shape_of(query)) != 4 or not isinstance(shape_of(query)[HEADS], int):
+        return "its queries are not of four dimensions"
+    if arguments["dropout_p"] != 0.0:
+        return "some of it may be dropped at random"
+    if not isinstance(arguments["scale"], int | float | None):
+        return "its scale is not a number"
+    mask = arguments["attn_mask"]
+    if mask is not None and not (isinstance(mask, fx.Node) and is_causal(mask, attention.node)):
+        return "its mask is not known to be causal"
+    if max(shape_of(query)[3], shape_of(value)[3]) > WIDEST:
+        return f"its heads have more than {WIDEST} entries"
+    if reason := attention.reason_to_repeat():
+        return reason
+    lengths = [shape_of(n)[_TOKENS : _TOKENS + 1] for n in (query, attention.key, value)]
+    if arguments["is_causal"] or mask is not None:
+        return "" if same_shape(lengths[0], lengths[1]) else "it has fewer queries than keys"
+    if lengths[0] == (1,) and _ends_in_new(attention.key) and _ends_in_new(value):
+        return ""
+    return "it is not causal"
+
+
+def _ends_in_new(node: fx.Node) -> bool:
+    """Whether keys or values are those of a cache with one new token behind them."""
+    if name_of(node) not in ("cat", "concat", "concatenate"):
+        return False
+    given: Any = dict(zip(("tensors", "dim"), node.args, strict=False)) | dict(node.kwargs)
+    parts: Any = given.get("tensors") or ()
+    if given.get("dim", 0) not in (_TOKENS, _TOKENS - 4) or len(parts) < 2:
+        return False
+    return shape_of(parts[-1])[_TOKENS : _TOKENS + 1] == (1,)
+
+
+def _scale(attention: Attention) -> float:
+    scale = attention.arguments["scale"]
+    width: Any = shape_of(attention.arguments["query"])[-1]
+    return float(scale if scale is not None else width**-0.5)
+
+
+def _banded(graph: fx.Graph, attention: Attention, layer: LayerSpans, sinks: int) -> fx.Node:
+    """The call with spans; the graph is positioned before it."""
+    node = attention.node
+    heads, n = shape_of(attention.key)[HEADS], shape_of(attention.key)[_TOKENS]
+    spans: dict[Rule, Any] = dict.fromkeys(layer.rules, 0)
+    for rule in spans:
+        if rule == FULL or (isinstance(n, int) and rule.span(n) >= n):
+            continue
+        size = extent(graph, attention.key, _TOKENS)
+        span = rule.span(size if isinstance(size, int) else _Size(graph, size))
+        spans[rule] = span.node if isinstance(span, _Size) else span
+    each = heads // layer.heads
+    table = [spans[rule] for rule in layer.rules for _ in range(each)]
+    inputs = (attention.arguments["query"], attention.key, attention.value)
+    arguments = (*inputs, table, [sinks] * heads, _scale(attention))
+    mixed = emit(graph, ATTENTION, arguments, like=node)
+    return emit(graph, operator.getitem, (mixed, 0), like=node)
+
+
+class _Size:
+    """A symbolic size, whose arithmetic makes nodes."""
+
+    def __init__(self, graph: fx.Graph, node: fx.Node) -> None:
+        self.graph, self.node = graph, node
+
+    def __add__(self, other: int) -> "_Size":
+        return self._made(operator.add, other)
+
+    def __mul__(self, other: int) -> "_Size":
+        return self._made(operator.mul, other)
+
+    def __floordiv__(self, other: int) -> "_Size":
+        return self._made(operator.floordiv, other)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def _made(self, function: Any, other: int) -> "_Size":
+        return _Size(self.graph, emit(self.graph, function, (self.node, other), like=self.node))
+
+
+def _loss(layer: LayerSpans, plan: SpanPlan) -> str:
+    """What is lost at a call, as the plan has measured."""
+    errors = ", ".join(f"{error:.1e}" for error in layer.errors)
+    rules = ", ".join(map(repr, dict.fromkeys(layer.rules)))
+    return (
+        f"its heads of keys see {rules} and {plan.sinks} sinks: they are off by {errors}, and "
+        f"all layers together raise the held-out loss by {plan.loss_change:.2%}"
+    )
