@@ -37,16 +37,13 @@ def form_of(mask: Tensor) -> Form:
     Args:
         mask: `(..., queries, keys)`, of booleans or of numbers that are added to scores.
     """
-    if mask.dtype == torch.bool:
-        shown, hidden = mask, ~mask
-    else:
-        shown, hidden = mask == 0, mask <= torch.finfo(mask.dtype).min
+    shown = mask if mask.dtype == torch.bool else mask == 0
     if bool(shown.all()):
         return Form(WHOLE, WHOLE)
     if mask.dim() < 2 or mask.shape[-1] != mask.shape[-2]:
         return Form("", "it has another number of queries than of keys")
-    if not bool((shown | hidden).all()):
-        return Form("", "it is not causal")  # it weighs keys as well
+    if not only_hides(mask):
+        return Form("", "it is not causal")
     everything = torch.ones(mask.shape[-2:], dtype=torch.bool)
     causal = everything.tril()
     if bool((shown == causal).all()):
@@ -72,6 +69,13 @@ def _documents(shown: Tensor, causal: Tensor) -> Form:
     if bool((shown == alike).all()):
         return Form("documents", f"whole within {blocks} documents", blocks=blocks)
     return Form("", "it is not causal")
+
+
+def only_hides(mask: Tensor) -> bool:
+    """Whether a mask hides keys for sure, and does nothing else to scores."""
+    if mask.dtype == torch.bool:
+        return True
+    return bool(((mask == 0) | (mask <= torch.finfo(mask.dtype).min)).all())
 
 
 def shows_something(mask: Tensor) -> bool:

@@ -20,18 +20,15 @@ Source: memopt's own.
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import fx
 
 from memopt.emit import shape_of, traced
 from memopt.graph import source_line
-from memopt.passes.attentions import ATTEND, Attention
+from memopt.passes.attentions import ATTEND, Attention, reads_groups
 from memopt.passes.constant_masks import MOST, computed, reason_against_constant
 from memopt.passes.mask_forms import CAUSAL, WHOLE, Form, form_of
 from memopt.pipeline import PassContext
 from memopt.remarks import RemarkKind
-
-_FLASH_WIDTH = 256  # heads that flash kernels take
 
 
 @dataclass(frozen=True)
@@ -120,12 +117,7 @@ def _shares(attention: Attention, *, masked: bool) -> bool:
         return False
     if shape_of(attention.node)[2] == 1:
         return False  # one query: its group is packed
-    value = traced(attention.key)
-    widths = {shape_of(n)[-1] for n in (attention.key, attention.value)}
-    if attention.reason_to_repeat() or len(widths) > 1:
+    if attention.reason_to_repeat():
         return False
-    if value.device.type == "cpu":
-        return True
-    # Kernels that take a mask take no groups.
-    flash = value.dtype in (torch.float16, torch.bfloat16) and max(widths) <= _FLASH_WIDTH
-    return flash and not masked
+    widths = [shape_of(n)[-1] for n in (attention.key, attention.value)]
+    return reads_groups(traced(attention.key), widths, masked=masked)
