@@ -39,8 +39,12 @@ class Told:
         last = found.last
         if self.kind == "none":
             return None, None
-        if self.kind == "add":
-            return _placed(graph, self.masks[0].node, self.masks[0], found), None
+        if self.masks[0].fill is None and self.kind != "show":
+            added = _placed(graph, self.masks[0].node, self.masks[0], found)
+            if self.kind == "add":
+                return added, None
+            most = emit(graph, "amax", (added, -1, True), like=last)
+            return added, emit(graph, torch.gt, (most, -math.inf), like=last)
         shown: fx.Node | None = None
         for mask in self.masks:
             own = mask.node
@@ -106,9 +110,9 @@ def _added(found: WrittenOut, mask: Mask, value: Tensor | str) -> Told | str:
         return Told("add", (mask,))
     if traced(found.last).requires_grad:
         return f"a query may see no key, for the mask is no constant: {value}"
-    if not _is_finite(mask.node):
-        return f"a query may see no key but through infinities: {value}"
-    return Told("add", (mask,))
+    if _is_finite(mask.node):
+        return Told("add", (mask,))
+    return Told("nan", (mask,), ", NaN where a query sees no key")
 
 
 def _filled(found: WrittenOut, masks: tuple[Mask, ...], values: list[Tensor | str]) -> Told | str:

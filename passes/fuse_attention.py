@@ -12,8 +12,8 @@ Written-out code and kernels differ in a query that sees no key. It stays as it 
     elsewhere;
 (3) where a number is filled in that hides for sure, all keys weigh the same and no gradient
     passes; the query is 0 there, and sees everything;
-(4) where the mask is added, its gradient passes as if nothing was hidden, which kernels get
-    wrong. Without a gradient they do the same, if no mask is infinite.
+(4) where the mask is added, the gradient passes as if nothing was hidden, which kernels get
+    wrong. Without a gradient they do the same, but for infinity, which is as in (2).
 
 What is none of these is left alone. So are probabilities that something else reads, dropout,
 a mask that is trained, which has no kernel, and steps in several dtypes; each with a remark.
@@ -159,9 +159,10 @@ def _replace(graph: fx.Graph, found: WrittenOut, mask: Told) -> None:
         if mask.kind == "nan":
             zero = emit(graph, "new_zeros", (y, ()), like=last)
             weight = emit(graph, torch.where, (rows, zero, math.nan), like=last)
-            total = emit(graph, "sum", (value, -2, True), like=last)
-            weighed = emit(graph, torch.mul, (weight, total), like=last)
-            y = emit(graph, torch.add, (y, weighed), like=last)
+            if traced(last).requires_grad:
+                total = emit(graph, "sum", (value, -2, True), like=last)
+                weight = emit(graph, torch.mul, (weight, total), like=last)
+            y = emit(graph, torch.add, (y, weight), like=last)
         y = _as_written(graph, found, y)
     last.replace_all_uses_with(y)
     for node in sorted(found.inner | {last}, reverse=True):
