@@ -60,10 +60,13 @@ class Told:
         if self.kind == "show":
             return shown, None
         rows = emit(graph, "any", (shown, -1, True), like=last)
-        if self.kind == "even":
-            none = emit(graph, torch.logical_not, (rows,), like=last)
-            shown = emit(graph, torch.logical_or, (shown, none), like=last)
-        return shown, rows
+        none = emit(graph, torch.logical_not, (rows,), like=last)
+        return emit(graph, torch.logical_or, (shown, none), like=last), rows
+
+    @property
+    def evens(self) -> bool:
+        """Whether a query that sees no key is to see all of them alike."""
+        return self.kind in ("nan", "even") and self.masks[0].fill is not None
 
 
 def told(
@@ -101,6 +104,8 @@ def told(
 
 def _added(found: WrittenOut, mask: Mask, value: Tensor | str) -> Told | str:
     own = traced(mask.node)
+    if not own.dtype.is_floating_point:
+        return f"what is added is {own.dtype}"
     if isinstance(value, Tensor) and not shows_something(value):
         return "by its mask some query sees no key"
     if own.dtype != traced(found.last).dtype:

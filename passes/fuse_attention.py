@@ -7,13 +7,12 @@ for the backward. The kernels behind ``scaled_dot_product_attention`` hold one n
 Written-out code and kernels differ in a query that sees no key. It stays as it is written:
 
 (1) where the mask is a constant by which every query sees a key, there is none;
-(2) where infinity is filled in, its result is NaN, and with it the gradient of all values, but
-    not that of queries and keys; so the sum of the values times NaN is added there, and times 0
-    elsewhere;
-(3) where a number is filled in that hides for sure, all keys weigh the same and no gradient
-    passes; the query is 0 there, and sees everything;
+(2) where a number is filled in that hides for sure, all keys weigh the same and no gradient
+    passes to queries and keys; so the query is 0 there, and sees everything;
+(3) where infinity is filled in, its result is NaN besides, and so is the gradient of all values;
+    the sum of the values times NaN is added there, and times 0 elsewhere;
 (4) where the mask is added, the gradient passes as if nothing was hidden, which kernels get
-    wrong. Without a gradient they do the same, but for infinity, which is as in (2).
+    wrong. Without a gradient they do the same, but for infinity, which is as in (3).
 
 What is none of these is left alone. So are probabilities that something else reads, dropout,
 a mask that is trained, which has no kernel, and steps in several dtypes; each with a remark.
@@ -25,6 +24,7 @@ the call.
 Source: T. Dao et al. (2022), arXiv:2205.14135, and M. N. Rabe, C. Staats (2021), arXiv:2112.05682.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -112,6 +112,9 @@ def _reason_against(found: WrittenOut) -> str:
     if stopped is not None and traced(last).requires_grad:
         return f"no gradient passes {stopped.name}"
     product = found.scores.product.node
+    steps = [traced(n).dtype for n in sorted({product, *found.scores.inner, found.softmax})]
+    if any(torch.promote_types(a, b) != b for a, b in itertools.pairwise(steps)):
+        return "scores are rounded once more before the softmax"
     if len({traced(n).dtype for n in (*operands, product, last)}) > 1:
         return "it is in several dtypes"
     return ""
@@ -137,7 +140,8 @@ def _reason_of_kernels(found: WrittenOut, mask: Told) -> str:
 def _batch(side: Operand, found: WrittenOut) -> tuple[Any, ...]:
     """Batch and heads of a side, as the call has them."""
     own = tuple(shape_of(side.node)[d] for d in side.order[:-2])
-    return found.heads if len(own) < len(found.heads) else own
+    whole = len(own) == 1 and same_shape(own, (math.prod(found.heads),))
+    return found.heads if whole else own
 
 
 def _replace(graph: fx.Graph, found: WrittenOut, mask: Told) -> None:
@@ -149,7 +153,7 @@ def _replace(graph: fx.Graph, found: WrittenOut, mask: Told) -> None:
             for side in (product.left, product.right, found.value)
         )
         shown, rows = mask.write(graph, found)
-        if mask.kind == "even":
+        if mask.evens:
             zero = emit(graph, "new_zeros", (query, ()), like=last)
             query = emit(graph, torch.where, (rows, query, zero), like=last)
         options = {"attn_mask": shown, "scale": found.scores.scale}

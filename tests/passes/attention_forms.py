@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Form = Callable[[Tensor, Tensor, Tensor], Tensor]
+Form = Callable[..., Tensor]
 LEAST = torch.finfo(torch.float32).min
 
 

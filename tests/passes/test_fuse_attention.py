@@ -45,13 +45,14 @@ def assert_fused(
     torch.manual_seed(0)
     fused = compiled(function)
     sides: list[list[list[Tensor]]] = [[], [], []]
+    functions: tuple[Form, ...] = (fused, function, function)
     for _ in range(6):
         given = draw(dtype, heads)
         upstream = torch.randn_like(function(*given))
         wide = [x.double() for x in given]
         for side, f, own, up in zip(
             sides,
-            (fused, function, function),
+            functions,
             (given, wide, given),
             (upstream, upstream.double(), upstream),
             strict=True,
@@ -305,6 +306,22 @@ def wider_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).softmax(-1) @ torch.cat([v, v], -1)
 
 
+def counted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT + forms.causal(q.shape[2])).softmax(-1) @ v
+
+
+def of_one_sequence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Heads and sequences in one dimension, and keys of one of them for all."""
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    scores = (q @ k[:1].mT).view(BATCH, HEADS, LENGTH, LENGTH) * 0.25
+    return scores.softmax(-1).view(-1, LENGTH, LENGTH) @ v
+
+
+def rounded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.mT).double().masked_fill(~forms.causal(q.shape[2]), -1e300)
+    return scores.float().softmax(-1) @ v
+
+
 def mapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.vmap(forms.plain)(q[None], k[None], v[None])
 
@@ -323,6 +340,9 @@ def mapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (hidden_by_little, "-20"),
         (nothing_shown, "no key"),
         (wider_values, "width"),
+        (counted, "torch.bool"),
+        (rounded, "rounded"),
+        (of_one_sequence, "batch"),
         (overwritten, "detach"),
         (mapped, "transform"),
     ],
@@ -432,12 +452,13 @@ def test_eager_models_train_within_their_own_error(name: str, calls: int, left: 
 def test_padding_of_an_eager_model_that_trains_is_left_alone() -> None:
     build, inputs = model("llama")
     own, plain = build(), build()
+    both: tuple[Any, ...] = (compiled(lambda **given: own(**given)), plain)
+    fused = both[0]
     padding = torch.ones_like(inputs["input_ids"])
     padding[0, :5] = 0
     inputs["attention_mask"] = padding
-    fused = compiled(lambda **given: own(**given))
     with torch.no_grad():
-        mine, expected = (f(**inputs).logits for f in (fused, plain))
+        mine, expected = (f(**inputs).logits for f in both)
     assert fused.rewrites == 2
     torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
     fused(**inputs)
