@@ -230,7 +230,8 @@ def test_one_graph_serves_every_length() -> None:
             torch._dynamo.mark_dynamic(x, 2)
         torch._dynamo.mark_dynamic(shown, 0)
         torch._dynamo.mark_dynamic(shown, 1)
-        torch.testing.assert_close(fused(*given, shown), with_infinity(*given, shown))
+        own = [*given, shown]
+        torch.testing.assert_close(fused(*own), with_infinity(*own))
     assert fused.graphs == fused.rewrites == 1
 
 
@@ -410,7 +411,7 @@ def model(name: str) -> tuple[Callable[[], nn.Module], dict[str, Tensor]]:
     _, inputs = entry.make()
 
     def build() -> nn.Module:
-        own, _ = entry.make()
+        own: Any = entry.make()[0]
         own.set_attn_implementation("eager")
         for module in own.modules():
             if isinstance(module, nn.Dropout):
@@ -420,7 +421,7 @@ def model(name: str) -> tuple[Callable[[], nn.Module], dict[str, Tensor]]:
         for key, parameter in own.named_parameters():
             if key.endswith(("key.bias", "k_proj.bias")):  # zero but for rounding
                 parameter.requires_grad_(False)
-        return own
+        return own  # type: ignore[no-any-return]
 
     return build, inputs
 
@@ -451,7 +452,8 @@ def test_eager_models_train_within_their_own_error(name: str, calls: int, left: 
 
 def test_padding_of_an_eager_model_that_trains_is_left_alone() -> None:
     build, inputs = model("llama")
-    own, plain = build(), build()
+    own: Any = build()
+    plain: Any = build()
     both: tuple[Any, ...] = (compiled(lambda **given: own(**given)), plain)
     fused = both[0]
     padding = torch.ones_like(inputs["input_ids"])
