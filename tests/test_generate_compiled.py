@@ -13,8 +13,13 @@ from tests.cache_models import LAYERS, generated, prompts, tiny
 OPTIONS: dict[str, Any] = {"lowering": "eager", "strict": True}
 
 
-@pytest.mark.parametrize("written", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3"])
+@pytest.mark.parametrize(
+    ("family", "written"),
+    [
+        *((family, "sdpa") for family in ("llama", "qwen3", "mistral", "gemma3")),
+        *((family, "eager") for family in ("llama", "gemma3")),
+    ],
+)
 def test_compiled_steps_generate_the_same_tokens(family: str, written: str) -> None:
     model, inputs = tiny(family), prompts(12, padding=(0, 0))
     model.set_attn_implementation(written)
