@@ -42,6 +42,8 @@ class Case:
 
 _DECODERS = ("eager", "eager+tiles", "inductor", "memopt", "memopt min")
 
+_ATTENTION = ("eager", "inductor", "memopt")
+
 _HEADLINE = (
     Case(name="lm8", model="lm8", peers=ALL),
     Case(name="llama_a", model="llama_a", peers=ALL),
@@ -65,6 +67,15 @@ _TABLE = (
         if "bench" in model.sizes
         and model.name not in {case.model for case in _HEADLINE if case.trains}
     ),
+    Case(
+        name="decode_static_cache",
+        model="static_cache",
+        size="long",
+        peers=_ATTENTION,
+        trains=False,
+    ),
+    Case(name="llama_training_mask", model="llama_grouped", size="long", peers=_ATTENTION),
+    Case(name="llama_written_out", model="llama_written_out", size="long", peers=_ATTENTION),
     Case(name="mixtral_grouped_long", model="mixtral_grouped", size="long"),
     *(
         Case(name=f"{model.name}_tiny", model=model.name, size="tiny", peers=QUICK)

@@ -18,6 +18,7 @@ from memopt.passes.early_masks import EarlyMasks
 from memopt.passes.early_products import EarlyProducts
 from memopt.passes.embedding_gradients import EmbeddingGradients
 from memopt.passes.forget_inputs import ForgetInputs
+from memopt.passes.fuse_attention import FuseAttention
 from memopt.passes.fuse_gates import FuseGates
 from memopt.passes.fuse_norms import FuseNorms
 from memopt.passes.fuse_rotary import FuseRotary
@@ -43,6 +44,7 @@ PRE_GRAD: tuple[Pass, ...] = (
     FuseRotary(),
     FuseNorms(),
     FuseGates(),
+    FuseAttention(),
     ProveCausal(),
     SparseAttention(),
     PackQueryGroups(),

@@ -1,19 +1,22 @@
 """Attention as a Dynamo graph has it: a call, its arguments, and whose heads they have."""
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import fx
 
+from memopt._torch import size_expr
 from memopt.emit import same_shape, shape_of, traced
 from memopt.passes.heads import loosely, overwriter, transformed
 from memopt.passes.steps import name_of
 
 ATTEND = F.scaled_dot_product_attention
 HEADS = 1  # the dimension
+_FLASH_WIDTH = 256  # heads that flash kernels take
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _DEFAULTS = {
     "attn_mask": None,
@@ -134,3 +137,30 @@ def _repeats(source: fx.Node, node: fx.Node) -> bool:
     if len(before) != 4 or len(after) != 4 or traced(source).dtype != traced(node).dtype:
         return False
     return same_shape((before[0], *before[2:]), (after[0], *after[2:]))
+
+
+def reads_groups(key: torch.Tensor, widths: Collection[Any], *, masked: bool) -> bool:
+    """Whether kernels of the device read one head of keys for several of queries.
+
+    Args:
+        key: the keys.
+        widths: of keys and of values.
+        masked: whether there is a mask, which such kernels of a GPU do not take.
+    """
+    if len({size_expr(n) for n in widths}) > 1 or key.device.type == "cpu":
+        return len({size_expr(n) for n in widths}) == 1
+    halves = key.dtype in (torch.float16, torch.bfloat16)
+    return halves and max(widths) <= _FLASH_WIDTH and not masked
+
+
+def reason_to_write_out(query: torch.Tensor, widths: Collection[Any]) -> str:
+    """Why no kernel takes a query and values, so that all probabilities are held; or ``""``.
+
+    Args:
+        query: the queries.
+        widths: of keys and of values.
+    """
+    if query.device.type == "cpu":
+        one = len({size_expr(n) for n in widths}) == 1
+        return "" if one else "values have another width than keys"
+    return f"{query.dtype} has no kernel" if query.dtype == torch.float64 else ""

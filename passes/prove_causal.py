@@ -3,8 +3,9 @@
 Compiled models carry a mask that their library makes from positions alone: each query sees the
 keys up to its own. Where nothing that it is made of is an input, the mask is a constant, and is
 computed while compiling. If it is causal, or hides nothing, attention is told so, and the mask
-goes; heads of keys and values that were repeated for groups of queries are then read as they are,
-where the kernels of the device do that.
+goes. No argument tells attention of a window or of documents: such a mask stays, one for all
+layers. In either case heads of keys and values that were repeated for groups of queries are read
+as they are, where the kernels of the device do that.
 
 Pays: always. The mask is not held, half of the products are not
 computed, kernels without a mask are free to run, and keys and values are held once for a group.
@@ -16,25 +17,18 @@ are not numbers.
 Source: memopt's own.
 """
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
-from memopt._torch import disable_modes
 from memopt.emit import shape_of, traced
 from memopt.graph import source_line
-from memopt.passes.attentions import ATTEND, Attention
-from memopt.passes.heads import overwriter, transformed
+from memopt.passes.attentions import ATTEND, Attention, reads_groups
+from memopt.passes.constant_masks import MOST, computed, reason_against_constant
+from memopt.passes.mask_forms import CAUSAL, WHOLE, Form, form_of
 from memopt.pipeline import PassContext
 from memopt.remarks import RemarkKind
-
-_CPU = torch.device("cpu")
-_FLASH_WIDTH = 256  # heads that flash kernels take
-_DEVICE = re.compile(r"(cuda|cpu|xpu|mps|mtia|hpu|privateuseone)(:\d+)?")
 
 
 @dataclass(frozen=True)
@@ -48,140 +42,82 @@ class ProveCausal:
     name: ClassVar[str] = "prove_causal"
     requires: ClassVar[frozenset[str]] = frozenset()
     establishes: ClassVar[frozenset[str]] = frozenset()
-    most: int = 2**29
+    most: int = MOST
 
     def __call__(self, graph: fx.Graph, ctx: PassContext) -> int:
         rewrites = 0
-        verdicts: dict[fx.Node, str] = {}
+        forms: dict[fx.Node, Form] = {}
         for node in graph.find_nodes(op="call_function", target=ATTEND):
             attention = Attention.of(node)
             mask = attention.arguments["attn_mask"]
             if not isinstance(mask, fx.Node) or attention.arguments["is_causal"]:
                 continue
-            cone = _cone(mask)
-            verdict = self._reason_against(cone, node)
-            if not verdict:
-                if mask not in verdicts:
-                    verdicts[mask] = _says(graph, cone, mask)
-                verdict = verdicts[mask]
-            is_proven = verdict in ("causal", "whole")
-            text = f"its mask is {verdict}: it goes" if is_proven else f"its mask stays: {verdict}"
-            kind = RemarkKind.APPLIED if is_proven else RemarkKind.MISSED
+            form = proven_form(graph, attention, forms, self.most)
+            goes = form.name in (WHOLE, CAUSAL)
+            shares = _shares(attention, masked=not goes)
+            text = f"its mask is {form.text}: it goes" if goes else f"its mask stays: {form.text}"
+            if shares and not goes:
+                text += "; keys and values are read once for a group of queries"
+            kind = RemarkKind.APPLIED if goes or shares else RemarkKind.MISSED
             ctx.remark(self.name, kind, text, node.name, source_line(node))
-            if is_proven:
+            if goes or shares:
                 with graph.inserting_before(node):
-                    node.replace_all_uses_with(_without_mask(graph, attention, verdict))
+                    node.replace_all_uses_with(_retold(graph, attention, form, shares))
                 graph.erase_node(node)
                 rewrites += 1
         return rewrites
 
-    def _reason_against(self, cone: set[fx.Node], attention: fx.Node) -> str:
-        """Why what a mask is made of is no constant, or not to be computed; or ``""``."""
-        if given := next((n for n in cone if n.op not in ("call_function", "call_method")), None):
-            return f"it is made of {given.name}, which is no constant"
-        for node in cone:
-            if any(not isinstance(n, int) for n in shape_of(node)):
-                return "its size is not a number"
-            if shape_of(node) and traced(node).numel() > self.most:
-                return f"{node.name} has {traced(node).numel()} numbers"
-        first = min(cone)
-        if transformed(first, attention):
-            return "a transform of functions is open"
-        writer = overwriter(cone, first, attention, besides=cone)
-        return f"{writer.name} writes to what it is made of" if writer else ""
+
+def proven_form(
+    graph: fx.Graph,
+    attention: Attention,
+    known: dict[fx.Node, Form] | None = None,
+    most: int = MOST,
+) -> Form:
+    """What the mask of a call is proven to show; without a name where nothing is proven.
+
+    Args:
+        graph: the graph.
+        attention: a call with a mask.
+        known: forms of masks that were computed before, which is added to.
+        most: numbers that a value may have to be computed while compiling.
+    """
+    known = {} if known is None else known
+    mask = attention.arguments["attn_mask"]
+    if reason := reason_against_constant(mask, attention.node, most):
+        return Form("", reason)
+    if mask not in known:
+        value = computed(graph, mask)
+        known[mask] = Form("", value) if isinstance(value, str) else form_of(value)
+    return known[mask]
 
 
-def _cone(node: fx.Node) -> set[fx.Node]:
-    """A node and all that it is made of."""
-    found, todo = {node}, [node]
-    while todo:
-        sources = set(todo.pop().all_input_nodes) - found
-        found |= sources
-        todo += sources
-    return found
-
-
-def _says(graph: fx.Graph, cone: set[fx.Node], mask: fx.Node) -> str:
-    """What a mask shows: ``"causal"``, ``"whole"``, or why it is not known to be either."""
-    before = torch.get_rng_state()
-    try:
-        computed = _computed(graph, cone, mask)
-        if not torch.equal(torch.get_rng_state(), before):
-            return "it is drawn at random"
-    finally:
-        torch.set_rng_state(before)
-    return "it was not computed in its dtype" if computed is None else _shows(computed)
-
-
-def _computed(graph: fx.Graph, cone: set[fx.Node], mask: fx.Node) -> Tensor | None:
-    """A value that depends on no input, on the CPU; None where a dtype is not the traced one."""
-    order = [node for node in graph.nodes if node in cone]
-    last = {source: node for node in order for source in node.all_input_nodes}
-    made: dict[fx.Node, Any] = {}
-
-    def here(argument: Any) -> Any:
-        is_name = isinstance(argument, str) and _DEVICE.fullmatch(argument)
-        return _CPU if is_name or isinstance(argument, torch.device) else argument
-
-    with disable_modes(), torch.no_grad():
-        for node in order:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), made.__getitem__)
-            args, kwargs = fx.node.map_aggregate((args, kwargs), here)
-            target: Callable[..., Any] | str = node.target
-            if target == "cuda":
-                made[node] = args[0]
-            elif isinstance(target, str):
-                made[node] = getattr(args[0], target)(*args[1:], **kwargs)
-            else:
-                made[node] = target(*args, **kwargs)
-            if getattr(made[node], "dtype", None) != getattr(traced(node), "dtype", None):
-                return None  # as under autocast
-            for source in node.all_input_nodes:
-                if last[source] is node:
-                    del made[source]
-    result = made[mask]
-    return result if isinstance(result, Tensor) else None
-
-
-def _shows(mask: Tensor) -> str:
-    """What a mask of ``(..., queries, keys)`` shows: where it is true, or adds zero."""
-    if mask.dtype == torch.bool:
-        shown, hidden = mask, ~mask
-    else:
-        shown, hidden = mask == 0, mask <= torch.finfo(mask.dtype).min
-    if bool(shown.all()):
-        return "whole"
-    if mask.shape[-1] != mask.shape[-2]:
-        return "it has another number of queries than of keys"
-    causal = torch.ones(mask.shape[-2:], dtype=torch.bool).tril()
-    if bool((shown == causal).all()) and bool((hidden == ~causal).all()):
-        return "causal"
-    return "it is not causal"
-
-
-def _without_mask(graph: fx.Graph, attention: Attention, verdict: str) -> fx.Node:
+def _retold(graph: fx.Graph, attention: Attention, form: Form, shares: bool) -> fx.Node:
     """The same numbers; the graph is positioned before the attention."""
     arguments = attention.arguments
     key, value, grouped = arguments["key"], arguments["value"], arguments["enable_gqa"]
-    if attention.groups > 1 and not grouped and _reads_groups(attention):
+    if shares:
         key, value, grouped = attention.key, attention.value, True
     options = {
         "dropout_p": arguments["dropout_p"],
-        "is_causal": verdict == "causal",
+        "is_causal": form.name == CAUSAL,
         "scale": arguments["scale"],
         "enable_gqa": grouped,
     }
+    if form.name not in (WHOLE, CAUSAL):
+        options["attn_mask"] = arguments["attn_mask"]
     made = graph.call_function(ATTEND, (arguments["query"], key, value), options)
     made.meta.update(attention.node.meta)
     return made
 
 
-def _reads_groups(attention: Attention) -> bool:
-    """Whether kernels read one head of keys for several of queries; the rest expands them."""
-    value = traced(attention.key)
-    widths = {shape_of(n)[-1] for n in (attention.key, attention.value)}
-    if attention.reason_to_repeat() or len(widths) > 1:
+def _shares(attention: Attention, *, masked: bool) -> bool:
+    """Whether heads of keys were repeated, and kernels read one for several of queries."""
+    if attention.groups == 1 or attention.arguments["enable_gqa"]:
         return False
-    if value.device.type == "cpu":
-        return True
-    return value.dtype in (torch.float16, torch.bfloat16) and max(widths) <= _FLASH_WIDTH
+    if shape_of(attention.node)[2] == 1:
+        return False  # one query: its group is packed
+    if attention.reason_to_repeat():
+        return False
+    widths = [shape_of(n)[-1] for n in (attention.key, attention.value)]
+    return reads_groups(traced(attention.key), widths, masked=masked)

@@ -2,7 +2,16 @@
 
 from collections.abc import Mapping
 
-from bench.zoo import behaviours, decoders, hugging_face, language, speech, vision, vision_library
+from bench.zoo import (
+    behaviours,
+    decoders,
+    decoding,
+    hugging_face,
+    language,
+    speech,
+    vision,
+    vision_library,
+)
 from bench.zoo.model import Model, Recipe
 
 
@@ -23,6 +32,15 @@ _ENTRIES = (
     _model("llama_head", _CAUSAL,
         small=hugging_face.llama(1, 16000, 64, 128, 4, 2, batch=1, length=256),
         bench=hugging_face.llama(2, 128256, 512, 1536, 8, 4, batch=1, length=1024)),
+    _model("llama_grouped", _CAUSAL,
+        long=hugging_face.llama(4, 2048, 256, 768, 8, 2, batch=1, length=2048)),
+    _model("llama_written_out", _CAUSAL,
+        tiny=hugging_face.llama(
+            2, 512, 64, 128, 4, 2, batch=2, length=64, attn_implementation="eager"),
+        long=hugging_face.llama(
+            4, 2048, 256, 768, 8, 2, batch=1, length=2048, attn_implementation="eager")),
+    _model("static_cache", "mutation inference",
+        long=decoding.static_cache(8, 2, length=131072, width=64)),
     _model("qwen3", _CAUSAL,
         tiny=hugging_face.qwen3(2, 512, 64, 128, 4, 2, batch=2, length=64),
         bench=hugging_face.qwen3(4, 4096, 256, 768, 8, 4, batch=2, length=512)),

@@ -1,9 +1,11 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.zoo import MODELS, LossOnly, checkpoint_blocks, loss_of, step
 from bench.zoo.decoders import LatentDecoder, decode_by_tiles
+from bench.zoo.decoding import StaticCacheAttention, static_cache
 
 TINY = [name for name, model in MODELS.items() if "tiny" in model.sizes]
 
@@ -91,3 +93,15 @@ def test_a_decoder_by_tiles_gives_other_numbers() -> None:
         tiled = decoder(**inputs)[1]
     assert tiled.shape == whole.shape
     assert not torch.allclose(tiled, whole)
+
+
+def test_a_static_cache_is_read_as_far_as_it_is_filled() -> None:
+    recipe = static_cache(4, 2, length=20, width=8)
+    module, inputs = recipe.build(), recipe.inputs(1)
+    assert isinstance(module, StaticCacheAttention)
+    _, mixed = module(**inputs)
+    position = int(inputs["position"])
+    assert torch.equal(module.keys[:, :, position : position + 1], inputs["key"])
+    keys, values = (x[:, :, : position + 1] for x in (module.keys, module.values))
+    expected = F.scaled_dot_product_attention(inputs["query"], keys, values, enable_gqa=True)
+    torch.testing.assert_close(mixed, expected)

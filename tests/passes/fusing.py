@@ -28,10 +28,12 @@ class Fused:
     record: GraphRecord
     graphs: int = 0
 
-    def __init__(self, function: Function, pass_name: str) -> None:
+    def __init__(self, function: Function, pass_name: str, *, cpu: bool | None = True) -> None:
+        """``cpu`` is the pass's option of that name; None for one that has none."""
         torch._dynamo.reset()
         self.pass_name = pass_name
-        passes = {"chunk_losses": False, "weigh_rows": False, pass_name: {"cpu": True}}
+        own = True if cpu is None else {"cpu": cpu}
+        passes = {"chunk_losses": False, "weigh_rows": False, pass_name: own}
         self._config = read_options({"lowering": "eager", "strict": True, "passes": passes})
         self._compiled = torch.compile(function, backend=self._backend)
 
@@ -42,8 +44,8 @@ class Fused:
         self.graphs += 1
         return compiled
 
-    def __call__(self, *args: Any) -> Any:
-        return self._compiled(*args)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._compiled(*args, **kwargs)
 
     @property
     def rewrites(self) -> int:

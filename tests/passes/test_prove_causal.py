@@ -116,6 +116,39 @@ def test_a_mask_that_hides_nothing_goes() -> None:
     assert said(lambda *x: attend(all_shown, *x), *tensors()) == ["its mask is whole: it goes"]
 
 
+def two_documents(n: int) -> Tensor:
+    document = torch.arange(n) // (n // 2)
+    return by_tril(n) & (document[None] == document[:, None])
+
+
+@pytest.mark.parametrize(
+    ("mask", "form"),
+    [(window, "a causal window of 8 keys"), (two_documents, "causal within 2 documents")],
+)
+def test_keys_are_not_repeated_beside_a_mask_that_stays(mask: Mask, form: str) -> None:
+    given = tensors(HEADS)
+    assert_eagers(lambda *x: grouped(mask, *x), given)
+    (text,) = said(lambda *x: grouped(mask, *x), *given)
+    assert text == f"its mask stays: {form}; keys and values are read once for a group of queries"
+
+
+def test_a_mask_that_stays_is_held_once_for_all_layers() -> None:
+    def layers(count: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = window(q.shape[2])
+        for _ in range(count):
+            q = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return q
+
+    def saved(count: int) -> int:
+        report = memopt.explain(lambda *x: layers(count, *x), *tensors(), options=STRICT)
+        (graph,) = report.graphs
+        return graph.saved_bytes
+
+    one, two, three = map(saved, (1, 2, 3))
+    assert two - one == three - two
+    assert two - one < 2 * tensors()[0].nbytes  # the result and its log-sum-exp
+
+
 @pytest.mark.parametrize("mask", [window, strictly, less, drawn, drawn_in_place, by_buffer])
 def test_other_masks_stay(mask: Mask) -> None:
     given = tensors()
