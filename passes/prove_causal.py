@@ -12,7 +12,7 @@ computed, kernels without a mask are free to run, and keys and values are held o
 Exact up to the order of sums.
 
 Does not: where the mask depends on an input, such as one that tells padding, or on sizes that
-are not numbers.
+are not numbers; nor with dropout on the CPU, where a causal mask would only be made again.
 
 Source: memopt's own.
 """
@@ -53,16 +53,18 @@ class ProveCausal:
             if not isinstance(mask, fx.Node) or attention.arguments["is_causal"]:
                 continue
             form = proven_form(graph, attention, forms, self.most)
-            goes = form.name in (WHOLE, CAUSAL)
+            goes = form.name == WHOLE or form.name == CAUSAL and not _by_steps(attention)
             shares = _shares(attention, masked=not goes)
             text = f"its mask is {form.text}: it goes" if goes else f"its mask stays: {form.text}"
+            if form.name == CAUSAL and not goes:
+                text += ", and no kernel drops probabilities on a CPU: each layer would make one"
             if shares and not goes:
                 text += "; keys and values are read once for a group of queries"
             kind = RemarkKind.APPLIED if goes or shares else RemarkKind.MISSED
             ctx.remark(self.name, kind, text, node.name, source_line(node))
             if goes or shares:
                 with graph.inserting_before(node):
-                    node.replace_all_uses_with(_retold(graph, attention, form, shares))
+                    node.replace_all_uses_with(_retold(attention, form, goes, shares))
                 graph.erase_node(node)
                 rewrites += 1
         return rewrites
@@ -92,21 +94,21 @@ def proven_form(
     return known[mask]
 
 
-def _retold(graph: fx.Graph, attention: Attention, form: Form, shares: bool) -> fx.Node:
-    """The same numbers; the graph is positioned before the attention."""
-    arguments = attention.arguments
-    key, value, grouped = arguments["key"], arguments["value"], arguments["enable_gqa"]
+def _by_steps(attention: Attention) -> bool:
+    """Whether it runs as products and a softmax, which make a causal mask for themselves."""
+    on_cpu = traced(attention.key).device.type == "cpu"
+    return on_cpu and bool(attention.arguments["dropout_p"])
+
+
+def _retold(attention: Attention, form: Form, goes: bool, shares: bool) -> fx.Node:
+    """The same numbers, with the mask or without it; the graph stands before the attention."""
+    arguments = dict(attention.arguments)
+    if goes:
+        arguments |= {"attn_mask": None, "is_causal": form.name == CAUSAL}
     if shares:
-        key, value, grouped = attention.key, attention.value, True
-    options = {
-        "dropout_p": arguments["dropout_p"],
-        "is_causal": form.name == CAUSAL,
-        "scale": arguments["scale"],
-        "enable_gqa": grouped,
-    }
-    if form.name not in (WHOLE, CAUSAL):
-        options["attn_mask"] = arguments["attn_mask"]
-    made = graph.call_function(ATTEND, (arguments["query"], key, value), options)
+        arguments |= {"key": attention.key, "value": attention.value, "enable_gqa": True}
+    triple = [arguments.pop(name) for name in ("query", "key", "value")]
+    made = attention.node.graph.call_function(ATTEND, tuple(triple), arguments)
     made.meta.update(attention.node.meta)
     return made
 

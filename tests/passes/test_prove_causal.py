@@ -111,6 +111,16 @@ def test_a_causal_mask_goes(form: Any, mask: Mask) -> None:
     assert said(lambda *x: form(mask, *x), *given) == ["its mask is causal: it goes"]
 
 
+def test_a_causal_mask_stays_where_a_cpu_drops_probabilities() -> None:
+    def dropping(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, by_tril(LENGTH), dropout_p=0.5)
+
+    (text,) = said(dropping, *tensors())
+    assert text.startswith("its mask stays: causal, and no kernel drops probabilities")
+    shown = compiled(dropping)(*tensors()[:2], torch.eye(LENGTH).expand(BATCH, QUERIES, -1, -1))
+    assert shown.triu(1).count_nonzero() == 0  # still
+
+
 def test_a_mask_that_hides_nothing_goes() -> None:
     assert_eagers(lambda *x: attend(all_shown, *x), tensors())
     assert said(lambda *x: attend(all_shown, *x), *tensors()) == ["its mask is whole: it goes"]
