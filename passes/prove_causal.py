@@ -53,7 +53,7 @@ class ProveCausal:
             if not isinstance(mask, fx.Node) or attention.arguments["is_causal"]:
                 continue
             form = proven_form(graph, attention, forms, self.most)
-            goes = form.name == WHOLE or form.name == CAUSAL and not _by_steps(attention)
+            goes = form.name == WHOLE or (form.name == CAUSAL and not _by_steps(attention))
             shares = _shares(attention, masked=not goes)
             text = f"its mask is {form.text}: it goes" if goes else f"its mask stays: {form.text}"
             if form.name == CAUSAL and not goes:
