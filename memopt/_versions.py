@@ -33,13 +33,18 @@ class Requirement:
         (major, minor), (last_major, last_minor) = self.oldest, self.newest
         return f">={major}.{minor},<{last_major}.{last_minor + 1}"
 
+    @property
+    def installed(self) -> str | None:
+        """The installed version, from the metadata of the distribution; None if there is none."""
+        return _installed(self.distributions)
+
     def check(self) -> None:
         """Compare the installed distribution with the range, from its metadata alone.
 
         Raises:
             UnsupportedVersionError: it is outside the range, or missing and not optional.
         """
-        seen = _installed(self.distributions)
+        seen = self.installed
         if seen is None and self.optional:
             return
         if seen is not None and self.oldest <= _minor(seen) <= self.newest:

@@ -28,6 +28,7 @@ from memopt.units import format_bytes
 log = logging.getLogger(__name__)
 
 Observer = Callable[[GraphRecord], None]
+PASSES: tuple[Named, ...] = (*PRE_GRAD, *JOINT, *FORMS, CUT_ROWS, CUT_MAPS, *POST_GRAD)
 _MAX_ATTEMPTS = 5
 
 
@@ -59,10 +60,9 @@ def read_options(options: Mapping[str, object] | None, *, mode: str | None = Non
     Raises:
         ConfigError: an option is unknown or impossible.
     """
-    passes: tuple[Named, ...] = (*PRE_GRAD, *JOINT, *FORMS, CUT_ROWS, CUT_MAPS, *POST_GRAD)
-    known = {p.name: tuple(vars(p)) for p in passes}
+    known = {p.name: tuple(vars(p)) for p in PASSES}
     config = Config.from_options(options, mode=mode, known_passes=known)
-    for pass_ in passes:
+    for pass_ in PASSES:
         configure(pass_, config)
     if config.device is not None:
         device_spec(config.device)

@@ -2,17 +2,21 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from memopt.errors import MissingExtraError
+from memopt._versions import __version__
+from memopt.errors import ConfigError, MissingExtraError
 from memopt.record import DecisionRow, GraphRecord
 from memopt.timeline import Timeline
 from memopt.units import format_bytes
 
-_PLACEHOLDER = "{{report}}"
+_SCRIPTS = ("report.js", "timeline.js", "compare.js")
+_BODY = re.compile(r'<script type="application/json" id="report">(.*?)</script>', re.DOTALL)
+_KEYS = {"version", "name", "graphs", "predicted_peak_bytes"}
 _MOST_PANELS = 6
 # A budget this far above every curve would flatten them; it is written down, not drawn.
 _BUDGET_HEADROOM = 1.6
@@ -25,15 +29,15 @@ _STYLES: dict[str, tuple[str, str]] = {
 _OTHER_STYLE = ("#009e73", "-.")
 
 
-def render_page(summary: dict[str, Any], graphs: Sequence[GraphRecord]) -> str:
-    """Fill the page template with a report.
+def page_body(
+    summary: dict[str, Any], graphs: Sequence[GraphRecord], name: str = ""
+) -> dict[str, Any]:
+    """What a page shows, as plain JSON types.
 
     Args:
         summary: ``Report.to_dict()``, one entry in ``"graphs"`` for each of ``graphs``.
         graphs: the records that hold the decisions and timelines.
-
-    Returns:
-        One self-contained HTML document, which loads nothing from anywhere.
+        name: of the report, where two are side by side.
     """
     panels = [
         {
@@ -43,9 +47,53 @@ def render_page(summary: dict[str, Any], graphs: Sequence[GraphRecord]) -> str:
         }
         for shown, graph in zip(summary["graphs"], graphs, strict=True)
     ]
-    template = resources.files("memopt").joinpath("report.html").read_text(encoding="utf-8")
-    before, _, after = template.partition(_PLACEHOLDER)
-    return before + _embeddable_json({**summary, "graphs": panels}) + after
+    return {**summary, "name": name, "graphs": panels}
+
+
+def render_page(body: dict[str, Any], beside: dict[str, Any] | None = None) -> str:
+    """Fill the page template.
+
+    Args:
+        body: of the page, from ``page_body``.
+        beside: another one, to be shown beside it.
+
+    Returns:
+        One self-contained HTML document, which loads nothing from anywhere.
+    """
+    shown = {**body, "beside": {**beside, "beside": None}} if beside else body
+    parts = {
+        "style": _read("report.css"),
+        "script": "\n".join(_read(name) for name in _SCRIPTS),
+        "report": _embeddable_json(shown),
+    }
+    # In one go: what looks like a mark in a name is none.
+    return re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], _read("report.html"))
+
+
+def read_page(path: Path) -> dict[str, Any]:
+    """The body of a page that was written before.
+
+    Raises:
+        ConfigError: there is no such file, or it is no page of this version of memopt.
+    """
+    remedy = "report.save() writes one, and so does --html"
+    try:
+        page = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the page {str(path)!r}: {error}; {remedy}") from error
+    found = _BODY.search(page)
+    try:
+        body = json.loads(found[1]) if found else None
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict) or _KEYS - body.keys():
+        raise ConfigError(f"{str(path)!r} is no page of memopt: {remedy}")
+    if body["version"] != __version__:
+        raise ConfigError(
+            f"{str(path)!r} was written by memopt {body['version']}, and this is {__version__}: "
+            "make it anew"
+        )
+    return body
 
 
 def draw_picture(graphs: Sequence[GraphRecord], path: Path) -> None:
@@ -85,6 +133,10 @@ def split_step(timeline: Timeline) -> int:
 def _decision_cells(row: DecisionRow) -> list[object]:
     seconds = row.seconds if math.isfinite(row.seconds) else None
     return [row.kind, row.name, row.op, row.nbytes, seconds, row.source]
+
+
+def _read(name: str) -> str:
+    return resources.files("memopt").joinpath(name).read_text(encoding="utf-8")
 
 
 def _embeddable_json(value: object) -> str:

@@ -19,8 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from memopt._versions import __version__
-from memopt.errors import ConfigError
-from memopt.page import draw_picture, render_page
+from memopt.page import draw_picture, page_body, read_page, render_page
+from memopt.paths import checked_path
 from memopt.record import DecisionRow, GraphRecord
 from memopt.remarks import Remark, RemarkKind
 from memopt.units import format_bytes, format_seconds
@@ -65,21 +65,37 @@ class Report:
         """``to_dict`` as JSON text."""
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
-    def save(self, path: str | os.PathLike[str] = "timeline.html") -> Path:
+    def save(
+        self,
+        path: str | os.PathLike[str] = "timeline.html",
+        *,
+        beside: "Report | str | os.PathLike[str] | None" = None,
+    ) -> Path:
         """Write one self-contained page: the timelines, the decisions and the remarks.
 
         Args:
             path: a file that ends in ``.html``; one that exists is replaced.
+            beside: another report, or the path of a page that was saved by this version: the
+                page then compares the two, that one as A and this one as B.
 
         Returns:
             The path that was written.
 
         Raises:
-            ConfigError: the suffix is another one, or the folder does not exist.
+            ConfigError: the suffix is another one, the folder does not exist, or ``beside`` is
+                no such page.
         """
-        target = _checked_path(path, ("html", "htm"))
-        target.write_text(render_page(self.to_dict(), self.graphs), encoding="utf-8")
+        target = checked_path(path, ("html", "htm"))
+        other = None
+        if isinstance(beside, Report):
+            other = beside._page_body()
+        elif beside is not None:
+            other = read_page(Path(beside))
+        target.write_text(render_page(self._page_body(target.stem), other), encoding="utf-8")
         return target
+
+    def _page_body(self, name: str = "") -> dict[str, Any]:
+        return page_body(self.to_dict(), self.graphs, name)
 
     def plot(self, path: str | os.PathLike[str] = "timeline.png") -> Path:
         """Draw live bytes over the step, a panel for each graph.
@@ -94,7 +110,7 @@ class Report:
             ConfigError: the suffix is another one, or the folder does not exist.
             MissingExtraError: matplotlib is not installed.
         """
-        target = _checked_path(path, ("png", "svg", "pdf"))
+        target = checked_path(path, ("png", "svg", "pdf"))
         draw_picture(self.graphs, target)
         return target
 
@@ -129,7 +145,7 @@ class Report:
         return f"<Report: {self._headline}>"
 
     def _repr_html_(self) -> str:
-        page = escape(render_page(self.to_dict(), self.graphs))
+        page = escape(render_page(self._page_body()))
         return (
             f'<iframe srcdoc="{page}" title="memopt report" '
             'style="width:100%;height:900px;border:0"></iframe>'
@@ -165,24 +181,6 @@ def _graph_dict(graph: GraphRecord) -> dict[str, Any]:
 
 def _finite(seconds: float) -> float | None:
     return seconds if math.isfinite(seconds) else None
-
-
-def _checked_path(path: str | os.PathLike[str], suffixes: Sequence[str]) -> Path:
-    target = Path(path)
-    allowed = " or ".join(f".{suffix}" for suffix in suffixes)
-    if target.suffix.lower().lstrip(".") not in suffixes:
-        raise ConfigError(
-            f"cannot write {str(target)!r}: the name must end in {allowed}; "
-            f"try {str(target.with_suffix('.' + suffixes[0]) if target.name else suffixes[0])!r}"
-        )
-    if not target.parent.is_dir():
-        raise ConfigError(
-            f"cannot write {str(target)!r}: the folder {str(target.parent)!r} does not exist; "
-            "create it first, or choose another"
-        )
-    if target.is_dir():
-        raise ConfigError(f"cannot write {str(target)!r}: it is a folder; name a file in it")
-    return target
 
 
 def _graph_parts(graph: GraphRecord) -> Iterator[RenderableType]:

@@ -50,9 +50,10 @@ class EarlyBackward:
     name: ClassVar[str] = "early_backward"
     requires: ClassVar[frozenset[str]] = frozenset()
     establishes: ClassVar[frozenset[str]] = frozenset()
+    default: ClassVar[bool] = False
 
     def __call__(self, graph: fx.Graph, ctx: PassContext) -> int:
-        if not ctx.config.enabled(self.name, default=False):
+        if not ctx.config.enabled(self.name, default=self.default):
             return 0
         parts = _Parts(graph)
         for node in graph.nodes:

@@ -12,9 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS: tuple[str, ...] = (
-    "errors remarks timeline units _torch row_index progress",
-    "lazy_stamps row_ir",
-    "_versions budget device graph plan ledger fusion emit lazy_rows storage_meter row_body "
+    "errors remarks timeline units _torch row_index terminal",
+    "lazy_stamps row_ir progress",
+    "_versions asked benching paths budget device graph plan ledger fusion emit lazy_rows "
+    "storage_meter row_body "
     "cache_rows cache_shape cache_codes cache_store attention_calls influence span_rules "
     "calibration_runs",
     "config joint record kernels lazy_rules row_nodes row_rules row_tiling _transformers "
@@ -35,7 +36,7 @@ LAYERS: tuple[str, ...] = (
     "proofs",
     "lowering diagnosis",
     "backend",
-    "explaining planning",
+    "explaining planning doctor",
     "api cli",
     "__init__ __main__",
 )

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from memopt.errors import MissingExtraError
+import memopt
+from memopt.errors import ConfigError, MissingExtraError
 from memopt.record import DecisionRow
 from memopt.remarks import Remark, RemarkKind
 from memopt.report import Report
@@ -82,6 +83,58 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert graph["id"] == HOSTILE
     assert graph["rows"][0][1] == HOSTILE
     assert graph["timelines"][0]["ranges"][0][0] == HOSTILE
+
+
+def test_a_page_holds_another_report_beside_its_own(report: Report, tmp_path: Path) -> None:
+    other = Report((make_record(1), make_record(2, id="graph 1")))
+    first = other.save(tmp_path / "first.html")
+    for beside in (other, first, str(first)):
+        body = embedded(report.save(tmp_path / "both.html", beside=beside).read_text("utf-8"))
+        assert body["name"] == "both"
+        assert body["beside"]["name"] == ("" if beside is other else "first")
+        assert [len(graph["rows"]) for graph in body["beside"]["graphs"]] == [11, 22]
+        assert len(body["graphs"]) == 1
+
+
+def test_what_was_beside_a_page_is_not_taken_along(report: Report, tmp_path: Path) -> None:
+    both = report.save(tmp_path / "both.html", beside=Report(()))
+    body = embedded(report.save(tmp_path / "next.html", beside=both).read_text("utf-8"))
+    assert body["beside"]["beside"] is None
+
+
+def test_hostile_names_stay_text_beside_another_page(tmp_path: Path) -> None:
+    first = hostile_report().save(tmp_path / "first.html")
+    page = hostile_report().save(tmp_path / "both.html", beside=first).read_text("utf-8")
+    assert "<img" not in page
+    assert embedded(page)["beside"]["graphs"][0]["id"] == HOSTILE
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "cannot read the page"),
+        ("<html></html>", r"is no page of memopt: report\.save\(\) writes one"),
+        ('<script type="application/json" id="report">{</script>', "is no page of memopt"),
+        ('<script type="application/json" id="report">[]</script>', "is no page of memopt"),
+        ("[" * 10**5, "is no page of memopt"),
+    ],
+)
+def test_what_is_no_page_is_refused_beside_one(
+    report: Report, tmp_path: Path, text: str | None, told: str
+) -> None:
+    first = tmp_path / "first.html"
+    if text is not None:
+        first.write_text(text)
+    with pytest.raises(ConfigError, match=told):
+        report.save(tmp_path / "both.html", beside=first)
+    assert not (tmp_path / "both.html").exists()
+
+
+def test_a_page_of_another_version_is_refused(report: Report, tmp_path: Path) -> None:
+    first = report.save(tmp_path / "first.html")
+    first.write_text(first.read_text("utf-8").replace(f'"{memopt.__version__}"', '"0.0.1"'))
+    with pytest.raises(ConfigError, match=r"was written by memopt 0\.0\.1"):
+        report.save(tmp_path / "both.html", beside=first)
 
 
 def test_notebook_shows_the_page_in_a_frame(report: Report) -> None:

@@ -142,7 +142,9 @@ def test_the_command_advises(capsys: pytest.CaptureFixture[str]) -> None:
     options = json.dumps({"solver": "greedy"})
     command = ["advise", HERE, "--device", "h100", "--budget", "4MiB", "--most", "4"]
     assert main([*command, "--options", options]) == 0
-    assert "largest size that fits is" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "largest size that fits is" in said.out
+    assert "fits, with" in said.err
 
 
 @pytest.mark.parametrize(
