@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 from torch.distributed import _functional_collectives as collectives
 
 from memopt.graph import awaited, is_wait
@@ -23,10 +24,12 @@ def problem() -> Iterator[Problem]:
     """A gathered product, which the backward reads as it came, and its gradient scattered."""
 
     def step(x: Tensor, weight: Tensor) -> Tensor:
-        whole = collectives.all_gather_tensor_autograd(x @ x, 0, dist.group.WORLD)
+        group = dist.group.WORLD
+        assert group is not None
+        whole: Tensor = collectives.all_gather_tensor_autograd(x @ x, 0, group)
         return (whole @ weight).sin().sum()
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         matrices = (torch.randn(SIDE, SIDE, dtype=torch.float64) for _ in range(2))
         yield problem_of(step, *(m.requires_grad_() for m in matrices))
