@@ -115,6 +115,17 @@ def is_collective(node: fx.Node) -> bool:
     return namespace in ("_c10d_functional", "c10d_functional", "c10d", "_dtensor", "symm_mem")
 
 
+def is_wait(node: fx.Node) -> bool:
+    """Whether the node waits for a collective: its value is the collective's, once it is there."""
+    return is_collective(node) and packet_name(node.target).endswith(".wait_tensor")
+
+
+def awaited(wait: fx.Node) -> fx.Node:
+    """The collective that a node waits for, or the input where it was started elsewhere."""
+    node = wait.all_input_nodes[0]
+    return node.all_input_nodes[0] if node.target is operator.getitem else node
+
+
 def is_random(node: fx.Node) -> bool:
     """Whether running the node again would draw other numbers.
 

@@ -145,6 +145,19 @@ class JointGraph:
         )
 
     @cached_property
+    def reads(self) -> tuple[tuple[int, ...], ...]:
+        """What lies in memory while each node runs: its inputs; of a wait, what is sent as well.
+
+        A collective may read what it sends until the wait.
+        """
+        return tuple(
+            (*read, *self.inputs[self.index[predicates.awaited(node)]])
+            if predicates.is_wait(node)
+            else read
+            for node, read in zip(self.nodes, self.inputs, strict=True)
+        )
+
+    @cached_property
     def parts(self) -> dict[int, list[int]]:
         """For each node whose tuple is taken apart, the ``getitem`` nodes that do so."""
         parts: dict[int, list[int]] = {}
@@ -245,7 +258,11 @@ class _StorageBuilder:
         """The storages of the node that ``node`` is a view of; None where it is no view."""
         if node.op != "call_function" or not node.all_input_nodes:
             return None
-        over = predicates.is_mutating(node) or predicates.IN_PLACE in node.meta
+        over = (
+            predicates.is_mutating(node)
+            or predicates.is_wait(node)
+            or predicates.IN_PLACE in node.meta
+        )
         if over and isinstance(node.args[0], fx.Node):
             return self.storage_of[index[node.args[0]]]
         if not predicates.is_view(node):
@@ -266,16 +283,21 @@ class _StorageBuilder:
         if node.op != "call_function" and fake in self._by_fake:
             return self._by_fake[fake]
         nbytes, expr = (0, 0) if predicates.on_host(node) else predicates.storage_nbytes(tensor)
-        base = i if not isinstance(node.meta.get("val"), (tuple, list)) else -1
+        base = -1 if isinstance(node.meta.get("val"), (tuple, list)) or _is_on_its_way(node) else i
         self.storages.append(Storage(i, base, nbytes, expr, resident))
         self._by_fake[fake] = len(self.storages) - 1
         return len(self.storages) - 1
 
     def _note_base(self, i: int, node: fx.Node, found: tuple[int, ...]) -> None:
-        """The first ``getitem`` of a tuple is the tensor to save."""
-        if len(found) == 1 and self.storages[found[0]].base < 0:
+        """The first ``getitem`` of a tuple is the tensor to save; of a collective, its wait."""
+        if len(found) == 1 and self.storages[found[0]].base < 0 and not _is_on_its_way(node):
             s = self.storages[found[0]]
             self.storages[found[0]] = Storage(s.owner, i, s.nbytes, s.expr, s.resident)
+
+
+def _is_on_its_way(node: fx.Node) -> bool:
+    """Whether a collective may still be writing the value."""
+    return any(predicates.is_wait(user) for user in node.users)
 
 
 def _fake_id(tensor: Any) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from memopt.graph import source_line
+from memopt.graph import source_line, tensors
 from memopt.joint import JointGraph
 from memopt.lives import FusedHalf, Half, Life, storages_of
 from memopt.schedule import Schedule
@@ -113,7 +113,9 @@ def analyse(schedule: Schedule, workspace: Sequence[int], *, fused: bool) -> Liv
     joint = schedule.joint
     boundary = len(schedule.forward)
     outputs = joint.forward_outputs
-    roots = [i for i in joint.tangents if joint.nodes[i].meta["val"].dim() == 0]
+    roots = [
+        i for i in joint.tangents if any(t.dim() == 0 for t in tensors(joint.nodes[i].meta["val"]))
+    ]
     half = FusedHalf if fused else Half
     forward = half(joint, schedule.forward, start=0, held=(), kept=(*schedule.saved, *outputs))
     backward = half(

@@ -73,7 +73,7 @@ class Half:
 
     def visit(self, step: int, i: int) -> None:
         """Run one node: what it makes is born, what it reads is alive."""
-        for u in self.joint.inputs[i]:
+        for u in self.joint.reads[i]:
             for life in self.value.get(u, {}).values():
                 self.last[life] = step
         self.value[i] = self.made(step, i)
@@ -139,7 +139,7 @@ class FusedHalf(Half):
             return
         sources: set[int] = set()
         reads, value = self.reads, self.value
-        for u in joint.inputs[i]:
+        for u in joint.reads[i]:
             if u in reads:
                 sources |= reads[u]
             elif u in value:
