@@ -33,7 +33,7 @@ LAYERS: tuple[str, ...] = (
     "proofs",
     "lowering diagnosis",
     "backend",
-    "explaining planning",
+    "explaining packaging planning",
     "api cli",
     "__init__ __main__",
 )
