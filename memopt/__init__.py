@@ -27,6 +27,7 @@ _LAZY = {
     "advise": "memopt.planning",
     "explain": "memopt.explaining",
     "optimize": "memopt.api",
+    "package": "memopt.packaging",
     "plan_for": "memopt.planning",
 }
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from memopt.api import optimize
     from memopt.config import Config
     from memopt.explaining import explain
+    from memopt.packaging import package
     from memopt.planning import advise, plan_for
     from memopt.report import Report
 else:  # hidden from type checkers, for which it would make every name exist
@@ -59,6 +61,7 @@ __all__ = [
     "advise",
     "explain",
     "optimize",
+    "package",
     "plan_for",
 ]
 

@@ -37,8 +37,8 @@ from torch._functorch.partitioners import (
     thread_graphsafe_rng_from_hops,
 )
 from torch._guards import tracing
+from torch._inductor import aoti_compile_and_package, list_mode_options
 from torch._inductor import config as inductor_config
-from torch._inductor import list_mode_options
 from torch._inductor.choices import InductorChoices
 from torch._inductor.codecache import write_atomic
 from torch._inductor.compile_fx import compile_fx
@@ -73,6 +73,7 @@ __all__ = [
     "OpOverload",
     "TorchDispatchMode",
     "aot_autograd",
+    "aoti_compile_and_package",
     "cache_dir",
     "capture_output_code",
     "choose_saved_values_set",

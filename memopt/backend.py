@@ -115,7 +115,7 @@ def _lower(
 ) -> tuple[Compiled, Proof]:
     """Lower with Inductor, and prove what the code allocates or recall the proof."""
     config = split.config
-    key = _cache_key(config, split.held_bytes, split.margin_bytes)
+    key = cache_key(config, split.held_bytes, split.margin_bytes)
     looked_at = observe is not None or config.memory_budget.kind != "none"
     attempts: tuple[Caches, ...] = ("all", "graphs", "none")
     for caches in attempts[observe is not None :]:
@@ -125,7 +125,7 @@ def _lower(
             inputs,
             split,
             key=key,
-            patches=_patches(config),
+            patches=inductor_patches(config),
             sink=codes.append if looked_at else None,
             caches=caches,
         )
@@ -155,7 +155,8 @@ def _warn_of_earlier_graphs(split: Splitter, gradient_bytes: int) -> None:
         warnings.warn(text, stacklevel=2)
 
 
-def _cache_key(config: Config, held_bytes: int, margin_bytes: int | None) -> str:
+def cache_key(config: Config, held_bytes: int, margin_bytes: int | None) -> str:
+    """Identity of everything that a graph's rewriting and planning depend on."""
     pipelines = [
         Pipeline(stage, passes).uuid(config)
         for stage, passes in (("pre_grad", PRE_GRAD), ("joint", JOINT), ("post_grad", POST_GRAD))
@@ -166,7 +167,8 @@ def _cache_key(config: Config, held_bytes: int, margin_bytes: int | None) -> str
     return "|".join([*facts, *pipelines])
 
 
-def _patches(config: Config) -> dict[str, Any]:
+def inductor_patches(config: Config) -> dict[str, Any]:
+    """The options that are Inductor's own, those of the mode among them."""
     from_mode = list_mode_options(config.mode, None) if config.mode else {}
     return {**from_mode, **config.inductor.to_dict()}
 

@@ -27,8 +27,8 @@ def require_fit(split: Splitter, proof: Proof) -> None:
         return
     if proof.emitted is not None:
         peak, timeline = proof.emitted.peak_bytes, proof.emitted.timeline
-    elif split.outcomes and not split.outcomes[-1].fits:
-        floor = split.outcomes[-1].chosen
+    elif (planned := _planned(split)) is not None and not planned.fits:
+        floor = planned.chosen
         peak, timeline = floor.peak_bytes, floor.liveness.timeline("floor")
     else:
         return
@@ -38,6 +38,11 @@ def require_fit(split: Splitter, proof: Proof) -> None:
         raise BudgetInfeasibleError(
             infeasible_text(split, limit, peak, timeline), budget_bytes=limit, floor_bytes=peak
         )
+
+
+def _planned(split: Splitter) -> Outcome | None:
+    """What planning came to: of the last step, or of a graph without a backward."""
+    return split.outcomes[-1] if split.outcomes else split.forward
 
 
 def infeasible_text(split: Splitter, limit: int, floor: int, timeline: Timeline) -> str:

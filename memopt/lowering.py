@@ -6,11 +6,13 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import fx
+from torch.export import ExportedProgram
 
 from memopt._torch import (
     CustomGraphPass,
     CustomPartitionerFn,
     aot_autograd,
+    aoti_compile_and_package,
     capture_output_code,
     compile_fx,
     functorch_config,
@@ -121,6 +123,38 @@ def lower_with_inductor(
             hooks["post_grad_custom_pre_pass"] = ForwardCutter(key, split)
         compiled: Any = compile_fx(gm, inputs, config_patches={**patches, **hooks})
     return cast(Compiled, compiled)
+
+
+def package_with_inductor(
+    program: ExportedProgram,
+    split: Splitter,
+    *,
+    key: str,
+    patches: Mapping[str, Any],
+    path: str | None,
+) -> str:
+    """Compile an exported program into a package, and cut it where ``split`` says so.
+
+    Args:
+        program: the program.
+        split: plans the graph and cuts it.
+        key: identity of everything ``split`` depends on.
+        patches: Inductor configuration.
+        path: of the package, ending in ``.pt2``; None for one beside Inductor's caches.
+    """
+    with contextlib.ExitStack() as stack:
+        if split.config.memory_budget.kind != "none":
+            stack.enter_context(inductor_handlers.set_choices_handler(NearbyFusion()))
+            patches = {**_HOLD_NOTHING_BACK, **patches}
+        if split.cuts_forwards:
+            # Not among the patches, of which torch makes copies: the copy would not plan.
+            hook = ForwardCutter(key, split)
+            stack.enter_context(inductor_config.patch(post_grad_custom_pre_pass=hook))
+        stack.enter_context(torch.no_grad())
+        written = aoti_compile_and_package(
+            program, package_path=path, inductor_configs=dict(patches)
+        )
+    return str(written)
 
 
 def _on_gpu(inputs: Sequence[Any]) -> bool:

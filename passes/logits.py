@@ -30,6 +30,7 @@ from memopt.passes.steps import (
 
 _TANH = frozenset({torch.tanh, "tanh", F.tanh})
 _LOG_SOFTMAX = frozenset({F.log_softmax, torch.log_softmax, "log_softmax"})
+_NEGATIVES = frozenset({operator.neg, torch.neg, "neg"})
 _PERMUTES = frozenset({torch.permute, "permute", torch.movedim, "movedim"})
 RESHAPES = frozenset({"view", "reshape"})
 
@@ -47,6 +48,7 @@ class Logits:
         open_tanh: whether the values are a bare ``tanh(scale * product)``, to be scaled.
         classes_at: 1 where the classes are the second dimension, else -1.
         normalised: whether the values are log-softmax of the logits.
+        negated: whether they are that with the other sign.
         detached: whether no gradient flows back from here.
     """
 
@@ -57,6 +59,7 @@ class Logits:
     biases: tuple[fx.Node, ...] = ()
     classes_at: int = -1
     normalised: bool = False
+    negated: bool = False
     detached: bool = False
 
     @property
@@ -117,7 +120,7 @@ def step(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
     """What ``user`` makes of the logits, if it still holds them."""
     if user.op not in ("call_function", "call_method"):
         return None
-    for rule in (_same, _detached, _cast, _valued, _normalised, shaped, _swapped):
+    for rule in (_same, _detached, _cast, _valued, _normalised, _negated, shaped, _swapped):
         found = rule(user, logits, head)
         if found is not None:
             return replace(found, node=user, detached=found.detached or stops_gradient(user))
@@ -208,6 +211,12 @@ def _normalised(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
     rank = len(shape_of(logits.node))
     by_class = isinstance(dim, int) and dim % rank == logits.classes_at % rank
     return replace(logits, normalised=True) if by_class else None
+
+
+def _negated(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
+    """``-log_softmax(z)``."""
+    minus = user.target in _NEGATIVES and _is_input(user, logits) and logits.normalised
+    return replace(logits, negated=not logits.negated) if minus else None
 
 
 def shaped(user: fx.Node, logits: Logits, head: Head | None) -> Logits | None:

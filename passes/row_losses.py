@@ -26,7 +26,8 @@ class Loss:
     Attributes:
         node: the reader.
         logits: what it reads.
-        kind: ``"cross_entropy"``, ``"log_sum_exp"``, ``"gather"`` or ``"log_prob"``.
+        kind: ``"cross_entropy"``, ``"log_sum_exp"``, ``"gather"``, ``"log_prob"``, or of all
+            classes' log-probabilities ``"class_sum"`` or ``"class_mean"``.
         target: classes or distributions, or None.
         weight: of the classes, or None.
         reduction: of a cross-entropy.
@@ -107,7 +108,7 @@ def _nll(node: fx.Node, logits: Logits) -> Loss | None:
 
 def _entropy(node: fx.Node, logits: Logits, a: dict[str, Any], smoothing: float) -> Loss | None:
     target, weight = a.get("target"), a.get("weight")
-    if logits.detached and traced(node).requires_grad:
+    if logits.negated or (logits.detached and traced(node).requires_grad):
         return None
     if a.get("input") is not logits.node or not isinstance(target, fx.Node):
         return None
@@ -142,6 +143,22 @@ def _log_sum_exp(node: fx.Node, logits: Logits) -> Loss | None:
         dim = dim[0]
     last = isinstance(dim, int) and dim % rank == rank - 1 and logits.classes_at == -1
     return Loss(node, logits, "log_sum_exp") if last else None
+
+
+def _class_sum(node: fx.Node, logits: Logits) -> Loss | None:
+    """``log_p.sum(-1)`` and ``log_p.mean(-1)``, as label smoothing by hand has them."""
+    kind = _CLASS_SUMS.get(node.target)
+    if kind is None or not logits.normalised or logits.softcap or logits.classes_at != -1:
+        return None
+    a = arguments(node, "input dim keepdim")
+    if set(a) - {"input", "dim", "keepdim", "dtype"}:
+        return None
+    if logits.detached and traced(node).requires_grad:
+        return None
+    dims, rank = a.get("dim"), len(shape_of(logits.node))
+    dims = dims if isinstance(dims, (tuple, list)) else (dims,)
+    last = all(isinstance(d, int) and d % rank == rank - 1 for d in dims) and len(dims) == 1
+    return Loss(node, logits, kind) if last else None
 
 
 def _gather(node: fx.Node, logits: Logits) -> Loss | None:
@@ -200,9 +217,16 @@ _RULES: tuple[Callable[[fx.Node, Logits], Loss | None], ...] = (
     _cross_entropy,
     _nll,
     _log_sum_exp,
+    _class_sum,
     _gather,
     _indexed,
 )
+_CLASS_SUMS = {
+    torch.sum: "class_sum",
+    "sum": "class_sum",
+    torch.mean: "class_mean",
+    "mean": "class_mean",
+}
 _STARTS = frozenset(
     {F.cross_entropy, F.nll_loss, torch.gather, "gather", torch.logsumexp, "logsumexp"}
     | {torch.take_along_dim, "take_along_dim"}

@@ -82,6 +82,8 @@ class RowOperators:
                 result = self._reduced(loss)
             elif loss.kind == "log_sum_exp":
                 result = self._item(self._rows(_with_target(loss, losses)), 1)
+            elif loss.target is None:
+                result = self._summed(loss, losses)
             else:
                 result = self._picked(loss)
             result = self._as(result, loss)
@@ -180,10 +182,34 @@ class RowOperators:
     def _picked(self, loss: Loss) -> fx.Node:
         """Log-probabilities of the targets, or their logits."""
         rows = self._rows(loss)
-        values = self._call("neg", self._item(rows, 0))
+        values = self._item(rows, 0)
+        if not loss.logits.negated:
+            values = self._call("neg", values)
         return (
             values if loss.kind == "log_prob" else self._call("add", values, self._item(rows, 1))
         )
+
+    def _summed(self, loss: Loss, losses: list[Loss]) -> fx.Node:
+        """Log-probabilities of all classes: ``sum(z) - V * lse``.
+
+        The sum of a row's logits is a product with the sum of the weight's rows, `(H,)`.
+        """
+        lse = self._item(self._rows(_with_target(loss, losses)), 1)
+        wide = traced(lse).dtype
+        trained = bool(traced(loss.node).requires_grad)
+        x, weight, bias = self.inputs(loss.logits, trained=trained)
+        classes = extent(self.graph, weight, 0)
+        column = self._call("sum", weight, 0, dtype=wide)
+        # Not a matrix product, which autocast would round.
+        total = self._call("sum", self._call("mul", self._typed(x, wide), column), -1)
+        if bias is not None:
+            total = self._call("add", total, self._call("sum", bias, dtype=wide))
+        if loss.logits.scale != 1.0:
+            total = self._call("mul", total, loss.logits.scale)
+        total = self._call("sub", total, self._call("mul", lse, classes))
+        if loss.kind == "class_mean":
+            total = self._call("div", total, classes)
+        return self._call("neg", total) if loss.logits.negated else total
 
     def _as(self, result: fx.Node, loss: Loss) -> fx.Node:
         """In the dtype and shape of what it replaces."""
@@ -216,6 +242,6 @@ def _with_target(loss: Loss, losses: list[Loss]) -> Loss:
         known = other.target is not None and other.target < loss.node
         alike = other.logits.values == loss.logits.values
         alike = alike and traced(other.node).requires_grad == traced(loss.node).requires_grad
-        if known and alike and other.kind != "log_sum_exp":
+        if known and alike:
             return replace(other, node=loss.node)
     return loss

@@ -36,7 +36,7 @@ LAYERS: tuple[str, ...] = (
     "proofs",
     "lowering diagnosis",
     "backend",
-    "explaining planning doctor",
+    "explaining packaging planning doctor",
     "api cli",
     "__init__ __main__",
 )

@@ -94,6 +94,17 @@ def stacked_log_probs(z: Tensor, y: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+def smoothed_by_hand(z: Tensor, y: Tensor) -> Tensor:
+    """As transformers' LabelSmoother has it."""
+    log_p = -F.log_softmax(z, dim=-1)
+    padding, classes = y.unsqueeze(-1).eq(-100), y.unsqueeze(-1).clamp(min=0)
+    own, others = log_p.gather(dim=-1, index=classes), log_p.sum(dim=-1, keepdim=True)
+    own.masked_fill_(padding, 0.0)
+    others.masked_fill_(padding, 0.0)
+    count = padding.numel() - padding.long().sum()
+    return 0.9 * own.sum() / count + 0.1 * others.sum() / (count * z.shape[-1])
+
+
 def relu_in_place(i: Inputs) -> Tensor:
     """Writes that nothing reads by name must survive the rewrite."""
     hidden = i.x.detach() * 1
@@ -161,6 +172,17 @@ FORMS: dict[str, Function] = {
     "temperature that is trained": lambda i: F.cross_entropy(
         flat(F.linear(i.x, i.w) * i.temperature), i.y.view(-1)
     ),
+    "smoothed by hand": lambda i: smoothed_by_hand(F.linear(i.x, i.w), i.y),
+    "smoothed by hand, scale and bias": lambda i: smoothed_by_hand(
+        F.linear(i.x, i.w, i.b) * 0.25, i.y
+    ),
+    "smoothed by hand, by the mean": lambda i: (
+        i.mask
+        * (
+            -0.9 * log_probs(z := F.linear(i.x, i.w), i.known)
+            - 0.1 * z.log_softmax(-1).mean(dim=-1)
+        )
+    ).sum(),
     "log-softmax and nll": lambda i: F.nll_loss(
         F.log_softmax(flat(F.linear(i.x, i.w)), dim=-1), i.y.view(-1)
     ),

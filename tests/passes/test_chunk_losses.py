@@ -56,6 +56,7 @@ def test_no_node_of_the_rewritten_graph_holds_logits(form: str) -> None:
     [
         "z-loss",
         "z-loss, weighted",
+        "smoothed by hand",
         "selected log-probabilities",
         "stacked log-sum-exps",
         "stacked log-probabilities",

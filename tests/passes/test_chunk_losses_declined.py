@@ -80,6 +80,17 @@ DECLINED: dict[str, tuple[Function, str]] = {
         ),
         "also read by view",
     ),
+    "loss of negated log-probabilities": (
+        lambda i: F.cross_entropy(-flat(F.linear(i.x, i.w)).log_softmax(-1), i.y.view(-1)),
+        "also read by",
+    ),
+    "sum of the log-probabilities behind a softcap": (
+        lambda i: (
+            F.cross_entropy(flat(z := F.linear(i.x, i.w)), i.y.view(-1))
+            + z.tanh().log_softmax(-1).sum(-1).mean()
+        ),
+        "also read by",
+    ),
     "quantised to eight bits": (
         lambda i: F.cross_entropy(
             flat(F.linear(i.x, i.w).to(torch.float8_e4m3fn).to(torch.float64)), i.y.view(-1)
