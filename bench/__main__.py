@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench import attention, compare, kernels, plans, plot, retrieval, startup
+from bench import attention, caches, compare, kernels, plans, plot, retrieval, startup
 from bench.cases import CASES, DEFAULT, QUICK_CASES
 from bench.peers import PEERS, QUICK
 from bench.results import header, load, save
@@ -21,6 +21,7 @@ OTHERS: Mapping[str, tuple[Callable[..., list[dict[str, Any]]], str]] = {
     kernels.CASE: (kernels.run, "every kernel: bytes, code for four GPUs, on cuda its speed"),
     retrieval.CASE: (retrieval.run, "what spans by plan and one window keep of a small model"),
     attention.CASE: (attention.run, "attention with spans beside causal, masked and flex"),
+    caches.CASE: (caches.run, "caches of keys in decoding, beside those of transformers"),
     plans.CASE: (plans.run, "plans for a GPU that is not here, and how good the search is"),
 }
 CONSOLE = Console()

@@ -12,6 +12,7 @@ from matplotlib import pyplot
 
 from bench import tables
 from bench.attention import attention_section
+from bench.caches import caches_section
 from bench.compare import Rows, step_rows
 from bench.kernel_tables import compared, kernel_section
 from bench.plan_tables import plan_section
@@ -80,6 +81,8 @@ def _section(stem: str, results: dict[str, Any], assets: Path) -> tuple[list[Pat
         parts.append(section)
     if section := attention_section(results["rows"]):
         parts += ["### banded attention\n", section]
+    if section := caches_section(results["rows"]):
+        parts += ["### caches\n", section]
     if section := plan_section(results["rows"]):
         parts += ["### plans\n", section]
     return pictures, "\n".join(parts)

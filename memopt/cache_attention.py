@@ -8,6 +8,7 @@ function passes on which columns are padding and no more: causality is the cache
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from memopt._transformers import AttentionInterface, AttentionMaskInterface
@@ -66,6 +67,8 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(key, Pending):
         result = key.layer.attend(query, key, padding, scale)
+        if result.requires_grad and not torch.compiler.is_compiling():
+            result.register_hook(_no_backward)
     else:
         result = _without_cache(query, key, value, padding, sliding_window, scale)
     return result.transpose(1, 2).contiguous(), None
@@ -83,6 +86,13 @@ def _refuse(dropout: float, is_causal: bool, others: dict[str, Any]) -> None:
                 f"attention with a {name!r}: memopt.cache computes plain softmax attention only; "
                 "use a cache of transformers for this model"
             )
+
+
+def _no_backward(_: Tensor) -> None:
+    raise ConfigError(
+        "a backward through a cache of memopt.cache, which holds keys and values without their "
+        "gradients: train with use_cache=False"
+    )
 
 
 def _columns_of(mask: Tensor | None) -> Tensor | None:
@@ -148,4 +158,5 @@ def padding_of(
         )
     if not torch.compiler.is_compiling() and bool(attention_mask.all()):
         return None
-    return torch.nn.functional.pad(attention_mask, (0, room))[:, None, None]
+    # Not padded as bool: of a mask that was int64, Inductor's C++ does not compile (torch 2.13).
+    return F.pad(attention_mask.to(torch.uint8), (0, room)).bool()[:, None, None]

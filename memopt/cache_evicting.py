@@ -56,11 +56,6 @@ class KeptStore(Store):
     def bytes_for(self, batch: int, heads: int, widths: tuple[int, int], itemsize: int) -> int:
         return batch * self.room * (heads * sum(widths) * itemsize + 1) + 8 + 4
 
-    def reset(self) -> None:
-        self.is_held.zero_()
-        self.entered.zero_()
-        self.lost.zero_()
-
     def attend(self, step: Step, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         if q.shape[3] > 1:
             return self._attend_many(step, q, k, v, scale)
@@ -145,8 +140,8 @@ def observed_attention(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> T
     hidden = ~visible[:, None]
     masses = []
     for head in range(k.shape[1]):
-        rows = q[:, head].flatten(1, 2) @ k[:, head].transpose(1, 2)
-        scores = rows.mul_(scale).view(len(q), *q.shape[2:4], -1)
+        scaled = q[:, head].flatten(1, 2) * scale  # before the product, which may not fit in fp16
+        scores = (scaled @ k[:, head].transpose(1, 2)).view(len(q), *q.shape[2:4], -1)
         shares = scores.masked_fill_(hidden, -torch.inf).softmax(-1, dtype=torch.float32)
         masses.append(shares.sum((1, 2)))
     return torch.stack(masses, 1)

@@ -4,7 +4,8 @@ A few channels of keys are large in all tokens, so keys have a step for each cha
 tokens; values have none such, and a step for each token. The newest two blocks are in full
 precision, as a block's steps are known when it is full. So are the first tokens of a sequence, its
 sinks: much of all attention goes to them, so that an error there is in every result, and their
-keys are unlike others, so that they would make the steps of their block large.
+keys are unlike others, so that they would make the steps of their block large. What nobody reads
+from a block, sinks and padding, does not count for its steps.
 
 Sources: steps by channel and by token, and the newest tokens as they are: KIVI, Liu et al.
 (2024), arXiv:2402.02750; the first token as it is: KVQuant, Hooper et al. (2024),
@@ -70,9 +71,8 @@ class QuantizedStore(ColumnStore):
         return batch * heads * (codes + steps + whole) + 8 * batch * self.sinks + 16
 
     def reset(self) -> None:
+        super().reset()
         self.sink_columns.fill_(-1)
-        self.keys.squares.zero_()
-        self.values.squares.zero_()
 
     def write(self, step: Step, k: Tensor, v: Tensor) -> None:
         self._write_sinks(step, k, v)
@@ -94,7 +94,8 @@ class QuantizedStore(ColumnStore):
         slots = block % 2 * self.group + torch.arange(self.group, device=block.device)
         is_new = (step.columns % self.group == 0) & (step.columns >= self.group)
         for coded in (self.keys, self.values):
-            coded.put_blocks(block, coded.newest.index_select(2, slots), is_new.float())
+            x = self._as_read(coded.newest.index_select(2, slots), block, step)
+            coded.put_blocks(block, x, is_new.float())
 
     def _write_many(self, step: Step, k: Tensor, v: Tensor) -> None:
         if step.first is None or step.stop is None:
@@ -110,9 +111,20 @@ class QuantizedStore(ColumnStore):
             for first in range(start, stop, _BLOCKS_AT_ONCE * self.group):
                 last = min(stop, first + _BLOCKS_AT_ONCE * self.group)
                 blocks = torch.arange(first // self.group, last // self.group, device=k.device)
-                coded.put_blocks(blocks, _between(older, new, first - start, last - start))
+                x = _between(older, new, first - start, last - start)
+                coded.put_blocks(blocks, self._as_read(x, blocks, step))
             tail = slice(max(0, k.shape[2] - self.ring), None)
             coded.put_newest(step.columns[tail], new[:, :, tail])
+
+    def _as_read(self, x: Tensor, blocks: Tensor, step: Step) -> Tensor:
+        """Blocks `(B, H, blocks * R, D)`, with their last token for sinks and for padding."""
+        columns = blocks[:, None] * self.group + torch.arange(self.group, device=x.device)
+        columns = columns.flatten()
+        unread = (self.sink_columns[:, :, None] == columns).any(1)
+        if step.padding is not None:
+            unread = unread | ~step.padding.index_select(1, columns)
+        last = x[:, :, self.group - 1 :: self.group].repeat_interleave(self.group, 2)
+        return torch.where(unread[:, None, :, None], last, x)
 
     def _write_sinks(self, step: Step, k: Tensor, v: Tensor) -> None:
         """Where there are fewer tokens than sinks, the first one stands for the others too."""

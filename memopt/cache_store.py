@@ -75,7 +75,12 @@ class Store:
         return [self]
 
     def reset(self) -> None:
-        """Forget all tokens, and keep the room."""
+        """Forget all tokens, and keep the room.
+
+        It is zeros, as NaN of an earlier sequence would be seen through any mask.
+        """
+        for held in self.tensors():
+            held.zero_()
 
     def reorder(self, rows: Tensor) -> None:
         """Have row `i` hold what row `rows[i]` held, in the same memory."""

@@ -86,6 +86,26 @@ def test_memopt_compiles_the_steps() -> None:
             torch.testing.assert_close(run(part, cache=other).logits, expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("padding", [(0, 0), (3, 0)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_inductor_compiles_the_steps(kind: str, padding: tuple[int, int]) -> None:
+    """Past the spans, the rings and the blocks, so that all that is held has been replaced."""
+    torch._dynamo.reset()
+    model = caches.prepare(tiny(layers=1))
+    plain, other = (KINDS[kind](model.config) for _ in range(2))
+    inputs = prompts(14, padding)
+    step: Any = torch.compile(model.forward, backend="memopt", fullgraph=True)
+    with torch.no_grad():
+        for cache in (plain, other):
+            model(**inputs, cache=cache)
+        for _ in range(10):
+            mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+            inputs = {"input_ids": torch.randint(1, 96, (2, 1)), "attention_mask": mask}
+            expected = model(**inputs, cache=plain).logits
+            torch.testing.assert_close(step(**inputs, cache=other).logits, expected)
+
+
 def test_a_compiled_prompt_is_refused_where_its_codes_cannot_be_made() -> None:
     model = caches.prepare(tiny(layers=1))
     cache = KINDS["quantized"](model.config)

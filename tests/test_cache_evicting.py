@@ -144,6 +144,16 @@ def test_the_attention_that_is_told_to_be_lost_is_that_of_evicted_tokens() -> No
     assert told > 0.1
 
 
+def test_scores_of_large_numbers_are_numbers_in_fp16() -> None:
+    """Products of 8 numbers of 150 and 150 do not fit in it, and their scaled ones do."""
+    drawn = Tokens.drawn(40, 2, dtype=torch.float32)
+    tokens = Tokens(drawn.q.sign() * 150, drawn.k.sign() * 150, drawn.v, drawn.real)
+    assert 8 * 150**2 > torch.finfo(torch.float16).max > 8 * 150**2 * SCALE
+    store = KeptStore(6, 8, 4)
+    fed(HeadLayer([([0, 1], store)], LENGTH), tokens.to(torch.float16), [40])
+    assert 0 <= store.lost.item() <= 1
+
+
 def test_heads_may_keep_different_numbers() -> None:
     cache = EvictingCache(tiny().config, [[3, 9], [4, 4]], 64, ring=8, observed=4)
     rooms = [[s.kept for s in layer.stores if isinstance(s, KeptStore)] for layer in cache.layers]

@@ -78,6 +78,32 @@ def test_a_cache_that_was_reset_is_as_good_as_new(kind: str) -> None:
         cache.reset()
 
 
+@pytest.mark.parametrize("at", range(7))
+def test_a_sequence_that_went_wrong_leaves_nothing_after_a_reset(at: int) -> None:
+    """NaN in what is masked would be in every sum."""
+    model, inputs = caches.prepare(tiny()), prompts(18)
+    used, new = (everything(model.config)[at] for _ in range(2))
+    weight = model.model.embed_tokens.weight.data
+    good = weight.clone()
+    with torch.no_grad():
+        weight.fill_(float("nan"))
+        model(**inputs, cache=used)
+        for _ in range(2):
+            mask = torch.ones(2, int(used.get_seq_length()) + 1, dtype=torch.int64)
+            model(torch.tensor([[5], [7]]), attention_mask=mask, cache=used)
+        weight.copy_(good)
+        used.reset()
+        short = prompts(5, (2, 0))
+        assert torch.equal(generated(model, short, cache=used), generated(model, short, cache=new))
+
+
+def test_a_backward_through_a_cache_is_refused() -> None:
+    model = caches.prepare(tiny())
+    logits = model(**prompts(), cache=EXACT["spans"](model.config)).logits
+    with pytest.raises(ConfigError, match="train with use_cache=False"):
+        logits.sum().backward()
+
+
 def everything(config: Any) -> list[HeadCache]:
     """One cache of every kind, and two that hold some heads in one form and some in another."""
     spans = [[None, 6]] * LAYERS
