@@ -68,7 +68,7 @@ def attention(
     if isinstance(key, Pending):
         result = key.layer.attend(query, key, padding, scale)
         if result.requires_grad and not torch.compiler.is_compiling():
-            result.register_hook(_no_backward)
+            result.register_hook(_no_backward)  # type: ignore[no-untyped-call]
     else:
         result = _without_cache(query, key, value, padding, sliding_window, scale)
     return result.transpose(1, 2).contiguous(), None

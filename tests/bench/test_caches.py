@@ -68,7 +68,7 @@ def test_a_storage_is_counted_once_and_parts_of_tensors_are_found() -> None:
         def __init__(self) -> None:
             self.keys = torch.zeros(8)
             self.values = self.keys[2:]
-            self.codes = TwoTensor(torch.zeros(3), torch.zeros(3))
+            self.codes = TwoTensor(torch.zeros(3), torch.zeros(3))  # type: ignore[no-untyped-call]
 
     layer = Layer()
     assert stored_bytes([layer, {"twice": layer}]) == 4 * (8 + 3 + 3)
