@@ -207,6 +207,15 @@ def interpret_planned(gm: fx.GraphModule, inputs: Sequence[Any], split: Splitter
     return compiled
 
 
+class _Interpreter(fx.Interpreter):
+    """Holds no value that nothing reads: torch's own holds those to the end."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The value of a node, or None where nothing reads it."""
+        value = super().run_node(n)
+        return value if n.users or n.op == "output" else None
+
+
 def _interpret(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
     placeholders = gm.graph.find_nodes(op="placeholder")
     unused = [i for i, node in enumerate(placeholders) if not node.users]
@@ -214,7 +223,7 @@ def _interpret(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
     def run(args: list[Any]) -> Any:
         for i in unused:
             args[i] = None  # the interpreter would hold it to the end
-        return fx.Interpreter(gm).boxed_run(args)
+        return _Interpreter(gm).boxed_run(args)
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run

@@ -82,10 +82,12 @@ def test_explain_says_what_is_cut() -> None:
     assert graph["predicted_peak_bytes"] <= WHOLE // 2
 
 
-def test_what_no_cut_helps_is_an_error_that_says_so() -> None:
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+def test_what_no_cut_helps_is_an_error_that_says_so(lowering: str) -> None:
     block, x = made()
+    lowered = compiled(block, lowering=lowering, memory_budget=x.nbytes // 2)
     with torch.no_grad(), pytest.raises(Exception, match="no plan fits memory_budget") as raised:
-        compiled(block, memory_budget=x.nbytes // 2)(x)
+        lowered(x)
     error = getattr(raised.value, "inner_exception", raised.value)
     assert isinstance(error, BudgetInfeasibleError)
     assert error.floor_bytes > error.budget_bytes

@@ -1,5 +1,6 @@
 """Maps computed some rows at a time: the same numbers, of exact sums, and fewer bytes."""
 
+import copy
 import random
 from collections.abc import Callable
 from typing import Any
@@ -525,3 +526,20 @@ def test_compiled_code_gives_the_same_bits_in_half_the_bytes() -> None:
     remarks = [r.text for r in graph.remarks if r.pass_name == "cut_maps"]
     assert all("pieces of its rows" in text for text in remarks)
     assert any("8 pieces" in text for text in remarks)
+
+
+def test_maps_of_interpreted_graphs_are_let_go() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    blocks = [
+        nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(4)), nn.GroupNorm(2, 8))
+    ]
+    blocks += [copy.deepcopy(blocks[0]) for _ in range(3)]
+    module, x = nn.Sequential(*blocks).eval(), torch.randn(1, 8, 128, 64)
+    options: Any = {"memory_budget": "min", "strict": True, "lowering": "eager"}
+    mine: Any = torch.compile(module, backend="memopt", options=options)
+    with torch.no_grad():
+        (graph,) = memopt.explain(module, x, options=options).graphs
+        assert any("pieces of its rows" in r.text for r in graph.remarks)
+        torch.testing.assert_close(mine(x), module(x))
+    assert peak(mine, x) <= graph.predicted_peak_bytes + x.nbytes
