@@ -121,11 +121,11 @@ def test_a_package_of_aotinductor_is_cut_to_the_budget(tmp_path: Path) -> None:
 def test_pipelines_of_diffusers() -> None:
     module = example("diffusers_pipeline", "diffusers")
     peaks, images = [], []
-    for options in (None, {**OPTIONS, "memory_budget": "5MiB"}):
+    for options in (None, {**OPTIONS, "memory_budget": "4MiB"}):
         pipeline = module.pipeline(options)
         module.sample(pipeline)
         with Meter("cpu") as meter:
             images.append(module.sample(pipeline))
         peaks.append(meter.peak_bytes)
     torch.testing.assert_close(images[1], images[0])
-    assert peaks[1] < 0.9 * peaks[0]
+    assert peaks[1] <= 4 * 2**20 < peaks[0]
