@@ -1,7 +1,7 @@
 """Two ways to run the planned halves: compiled by Inductor, or interpreted as they are."""
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -208,7 +208,15 @@ def interpret_planned(gm: fx.GraphModule, inputs: Sequence[Any], split: Splitter
 
 
 class _Interpreter(fx.Interpreter):
-    """Holds no value that nothing reads: torch's own holds those to the end."""
+    """Holds no value that nothing reads, and leaves the tracer's notes alone.
+
+    torch's own keeps unread values to the end, and writes each node's notes to
+    a variable of the process, from which another thread may be tracing.
+    """
+
+    @contextlib.contextmanager
+    def _set_current_node(self, node: fx.Node) -> Iterator[None]:
+        yield
 
     def run_node(self, n: fx.Node) -> Any:
         """The value of a node, or None where nothing reads it."""
