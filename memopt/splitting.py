@@ -44,8 +44,8 @@ from memopt.passes.compress import Compress
 from memopt.passes.map_moves import write_in_place
 from memopt.passes.offload import Offload, OffloadToFiles
 from memopt.pipeline import PassContext, Pipeline, configure
-from memopt.planner import Search
-from memopt.problem import Candidate, Problem
+from memopt.planner.problem import Candidate, Problem
+from memopt.planner.search import Search
 
 # Share of the budget that a first attempt leaves free: where loops merge in a way that the model
 # does not see, the emitted code was at most this much above it on most graphs, and trying again

@@ -26,6 +26,9 @@ from typing import Any, ClassVar
 from torch import fx
 
 from memopt._torch import size_hint
+from memopt.attention.layers import LayerSpans, signature, visible
+from memopt.attention.plan import SpanPlan
+from memopt.attention.rules import FULL, Rule
 from memopt.emit import emit, extent, same_shape, shape_of
 from memopt.errors import ConfigError, PlanError
 from memopt.graph import source_line
@@ -36,9 +39,6 @@ from memopt.passes.position_masks import is_causal
 from memopt.passes.steps import name_of
 from memopt.pipeline import PassContext
 from memopt.remarks import RemarkKind
-from memopt.span_layers import LayerSpans, signature, visible
-from memopt.span_plan import SpanPlan
-from memopt.span_rules import FULL, Rule
 
 _TOKENS = 2
 _WIDENED = 128  # keys that a kernel reads for a query besides its span: blocks of rows share them

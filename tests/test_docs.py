@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [p for folder in ("memopt", "passes", "kernels") for p in (ROOT / folder).glob("*.py")]
+SOURCES = [p for folder in ("memopt", "passes", "kernels") for p in (ROOT / folder).rglob("*.py")]
 NAMED = re.compile(r"arXiv:\d{4}\.\d{5}|doi:10\.\d+/[\w.()/-]*\w")
 
 

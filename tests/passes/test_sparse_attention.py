@@ -14,9 +14,9 @@ from transformers import DynamicCache, StaticCache
 import memopt
 from bench.zoo import MODELS
 from memopt.attention import FULL, Elastic, SpanPlan
+from memopt.attention.rules import Rule
 from memopt.errors import ConfigError, PlanError
 from memopt.passes.sparse_attention import SparseAttention
-from memopt.span_rules import Rule
 from tests.span_models import HALF, SHORT, compiled, masked, plan_for
 
 BATCH, QUERIES, HEADS, LENGTH, WIDTH = 2, 4, 2, 48, 16
