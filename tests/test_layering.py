@@ -24,7 +24,7 @@ LAYERS: tuple[str, ...] = (
     "memory.schedule memory.workspace planner.mincut report.page rows.kernel rows.reader",
     "cost pipeline attention.plan attention.search cache.attention cache.columns memory.liveness "
     "memory.replay memory.transfers report.report rows.select rows.source",
-    "cutters forms report returned attention.trials cache.spans rows.lowering",
+    "cutters forms planner.held report returned attention.trials cache.spans rows.lowering",
     "attention.calibration cache.evicting cache.host cache.quantized rows.choice",
     "attention cache passes planner.problem",
     "chunking planner.regions",

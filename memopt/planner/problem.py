@@ -10,8 +10,9 @@ from memopt.graph import OpKind, tensors
 from memopt.joint import Encoding, JointGraph
 from memopt.memory.liveness import Liveness, analyse
 from memopt.memory.lives import read_by_library_calls, storages_of
-from memopt.memory.schedule import Schedule, make_schedule
+from memopt.memory.schedule import make_schedule
 from memopt.memory.transfers import Link, place_copies
+from memopt.planner.held import FormLimits, as_they_are, misused_forms
 from memopt.planner.mincut import SavedSetNetwork
 
 INFINITE = float("inf")
@@ -152,12 +153,12 @@ class Problem:
             origin: which search found it.
             waits: whether copies to the host take time.
         """
-        saved = self._within_error(self._within_host(self.joint.settled(saved)))
+        saved = self._limits.admit(self.joint.settled(saved))
         schedule = make_schedule(self.joint, saved)
         if any(self.recompute_price[i] == INFINITE for i in schedule.recomputed):
             schedule = make_schedule(self.joint, self._repaired(schedule.saved))
-        if misused := self._misused(schedule):
-            schedule = make_schedule(self.joint, _as_they_are(schedule.saved, misused))
+        if misused := misused_forms(schedule):
+            schedule = make_schedule(self.joint, as_they_are(schedule.saved, misused))
         stall = 0.0
         if away := self._away(schedule.saved):
             copies = {e: self.link_seconds(e) if waits else 0.0 for e in away}
@@ -175,6 +176,10 @@ class Problem:
             stall,
             origin,
         )
+
+    @cached_property
+    def _limits(self) -> FormLimits:
+        return FormLimits(self.joint, self.links, self.error, self.save_bytes)
 
     @cached_property
     def encoding_seconds(self) -> dict[int, float]:
@@ -207,85 +212,6 @@ class Problem:
     def holding_seconds(self, encoding: Encoding) -> float:
         """What a value's other form costs at most: where its way to the host is waited for."""
         return self.encoding_seconds[encoding.encoded] + 2 * self.link_seconds(encoding)
-
-    def _within_host(self, saved: frozenset[int]) -> frozenset[int]:
-        """The same set, with no more at the end of each link than it may hold.
-
-        What has no room goes to the next link's end, the first values of the step before others,
-        since they are away for the longest; without another link, the last ones stay.
-        """
-        kinds = [*self.links]
-        for at, kind in enumerate(kinds):
-            limit = self.links[kind].host_bytes
-            if limit is None:
-                continue
-            further = {e.source: e for e in self._offered(kinds[at + 1 :])}
-            here = [e for e in self._offered([kind]) if e.encoded in saved]
-            left = float(limit)
-            for encoding in reversed(here) if further else here:
-                if encoding.host_nbytes <= left:
-                    left -= encoding.host_nbytes
-                    continue
-                next_ = further.get(encoding.source)
-                elsewhere = next_.encoded if next_ else encoding.source
-                saved = saved - {encoding.encoded} | {elsewhere}
-        return saved
-
-    def _offered(self, kinds: Collection[str]) -> list[Encoding]:
-        return [e for e in self.joint.encodings if e.kind in kinds]
-
-    def _within_error(self, saved: frozenset[int]) -> frozenset[int]:
-        """The same set, with no more values rounded than the gradient's error allows.
-
-        A factor of a weight's gradient is in no other gradient: each of those is off by its own
-        rounding. What loops of the backward read is in all gradients of earlier layers: there
-        the squares of independent roundings add up. The largest values are first.
-        """
-        rounded = [e for e in self.joint.encodings if e.loss and e.encoded in saved]
-        rounded.sort(key=lambda e: (-self.save_bytes[e.source], e.source))
-        spent, over = max((e.loss**2 for e in rounded), default=0.0), []
-        for encoding in rounded:
-            more = encoding.loss**2 if self._is_read_by_loops(encoding) else 0.0
-            if spent + more > self.error**2:
-                over.append(encoding)
-            else:
-                spent += more
-        return _as_they_are(saved, over)
-
-    def _is_read_by_loops(self, encoding: Encoding) -> bool:
-        """Whether loops of the true backward read the value."""
-        return not self._loop_reads.isdisjoint(self.joint.storage_of[encoding.source])
-
-    @cached_property
-    def _loop_reads(self) -> set[int]:
-        joint = self.joint
-        loops = (OpKind.POINTWISE, OpKind.REDUCTION)
-        return {
-            s
-            for i in range(len(joint))
-            if not joint.forwardable[i] and joint.kind[i] in loops
-            for u in joint.inputs[i]
-            for s in joint.storage_of[u]
-        }
-
-    def _misused(self, schedule: Schedule) -> set[Encoding]:
-        """Rounded values from which more is run again than loops: a sum must be the forward's."""
-        rounded = {
-            e.decoded: {e} for e in self.joint.encodings if e.loss and e.encoded in schedule.saved
-        }
-        misused: set[Encoding] = set()
-        if not rounded:
-            return misused
-        joint, again = schedule.behind, {*schedule.recomputed}
-        for i in schedule.backward:
-            read = set().union(*(rounded.get(u, ()) for u in joint.inputs[i]))
-            if not read or i not in again:
-                continue
-            if joint.kind[i] in (OpKind.POINTWISE, OpKind.VIEW):
-                rounded[i] = read
-            else:
-                misused |= read
-        return misused
 
     def away_bytes(self, saved: Collection[int]) -> dict[str, int]:
         """Bytes at the end of each link, by the kind of form."""
@@ -347,9 +273,3 @@ class Problem:
 
     def _pinned(self, i: int) -> bool:
         return not self.joint.recomputable[i] and self.joint.kind[i] is not OpKind.VIEW
-
-
-def _as_they_are(saved: frozenset[int], encodings: Iterable[Encoding]) -> frozenset[int]:
-    """The same set, with some values not in another form."""
-    chosen = tuple(encodings)
-    return saved - {e.encoded for e in chosen} | {e.source for e in chosen}
