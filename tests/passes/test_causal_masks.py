@@ -9,26 +9,31 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from memopt.passes.attentions import ATTEND
-from memopt.passes.position_masks import is_causal
+from memopt.passes.causal_masks import Causal
 
 
-def told(mask: Callable[[Tensor], Tensor]) -> bool:
+def seen(mask: Callable[..., Tensor], *more: Tensor) -> Causal | None:
     """What is said of a mask that is made for `(B, H, N, D)` whose ``N`` is a symbol."""
     said = []
 
-    def attend(x: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(x, x, x, attn_mask=mask(x))
+    def attend(x: Tensor, *more: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=mask(x, *more))
 
     def look(gm: fx.GraphModule, _: Any) -> Any:
         (node,) = gm.graph.find_nodes(op="call_function", target=ATTEND)
-        said.append(is_causal(node.kwargs["attn_mask"], node))
+        said.append(Causal.of(node.kwargs["attn_mask"], node))
         return gm.forward
 
     torch._dynamo.reset()
     x = torch.randn(2, 2, 12, 8)
     torch._dynamo.mark_dynamic(x, 2)
-    torch.compile(attend, backend=look)(x)
+    torch.compile(attend, backend=look)(x, *more)
     return said[0]
+
+
+def told(mask: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a mask is said to be causal, and no more."""
+    return seen(mask) == Causal()
 
 
 def positions(x: Tensor) -> Tensor:
@@ -175,3 +180,82 @@ def later_than(x: Tensor) -> Tensor:
 )
 def test_any_other_mask_is_not(mask: Any) -> None:
     assert not told(mask)
+
+
+def kept(x: Tensor) -> Tensor:
+    """Which tokens of each sequence are none of padding, `(B, N)`."""
+    return x[:, 0, :, 0] < 100
+
+
+def by_broadcast(x: Tensor) -> Tensor:
+    return kept(x)[:, None, None, :] & by_le(x)
+
+
+def by_index(x: Tensor) -> Tensor:
+    b, k = torch.arange(x.shape[0])[:, None, None, None], positions(x)[None, None, None, :]
+    return (by_le(x)[None, None] & kept(x)[b, k].to(x.device)).expand(x.shape[0], 1, -1, -1)
+
+
+def of_one_for_all(x: Tensor) -> Tensor:
+    return (by_gt(x) & kept(x)[:1, None, None]).contiguous()
+
+
+@pytest.mark.parametrize("mask", [by_broadcast, by_index, of_one_for_all])
+def test_padding_is_told_apart_from_causality(mask: Any) -> None:
+    causal = seen(mask)
+    assert causal is not None
+    assert causal.padding is not None
+    assert causal.padding.meta["example_value"].shape[1:3] == (1, 1)
+
+
+def of_padding_alone(x: Tensor) -> Tensor:
+    return kept(x)[:, None, None, :].expand(-1, -1, x.shape[2], -1)
+
+
+def of_queries_too(x: Tensor) -> Tensor:
+    return by_broadcast(x) & kept(x)[:, None, :, None]
+
+
+def of_heads(x: Tensor) -> Tensor:
+    return by_le(x) & (x[..., 0] < 100)[:, :, None, :]
+
+
+def of_no_batch(x: Tensor) -> Tensor:
+    return by_le(x) & kept(x)[:, None, :]
+
+
+def of_two(x: Tensor) -> Tensor:
+    return by_broadcast(x) & (x[:, :1, :, 1] < 100)[:, :, None, :]
+
+
+def either(x: Tensor) -> Tensor:
+    return by_le(x) | kept(x)[:, None, None, :]
+
+
+def overwritten_padding(x: Tensor) -> Tensor:
+    padding = kept(x)[:, None, None, :]
+    mask = padding & by_le(x)
+    padding.fill_(True)
+    return mask
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [of_padding_alone, of_queries_too, of_heads, of_no_batch, of_two, either, overwritten_padding],
+)
+def test_other_masks_of_data_are_not_told(mask: Any) -> None:
+    assert seen(mask) is None
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_padding_may_be_an_input_that_nothing_overwrites(late: bool) -> None:
+    padding = torch.ones(2, 1, 1, 12, dtype=torch.bool)
+    torch._dynamo.mark_dynamic(padding, 3)
+
+    def mask(x: Tensor, padding: Tensor) -> Tensor:
+        shown = by_le(x) & padding
+        if late:
+            padding.fill_(True)
+        return shown
+
+    assert bool(seen(mask, padding)) is not late
