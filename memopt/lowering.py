@@ -30,8 +30,9 @@ from memopt.splitting import Splitter
 # layers of a backward that holds a layer's largest buffers while nothing needs them.
 _HOLD_NOTHING_BACK = {"allow_buffer_reuse": False}
 # Copies of weights and images in the layout that convolutions prefer live through the whole step.
-# On the CPU they buy no time; on a GPU they do, and are left for the certificate to count. Where
-# nothing is trained, maps in that layout are the only ones.
+# On the CPU they buy no time, and cost some where channels are convolved each for itself; on a GPU
+# they do, and are left for the certificate to count. Where nothing is trained, maps in that layout
+# are the only ones.
 _COPY_NOTHING = {"layout_optimization": False}
 
 Caches = Literal["all", "graphs", "none"]
@@ -107,10 +108,11 @@ def lower_with_inductor(
     """
     with contextlib.ExitStack() as stack:
         bounded = split.config.memory_budget.kind != "none"
+        if not _on_gpu(inputs) and _trains(inputs):
+            patches = {**_COPY_NOTHING, **patches}
         if bounded:
             stack.enter_context(inductor_handlers.set_choices_handler(NearbyFusion()))
-            layout = {} if _on_gpu(inputs) or not _trains(inputs) else _COPY_NOTHING
-            patches = {**_HOLD_NOTHING_BACK, **layout, **patches}
+            patches = {**_HOLD_NOTHING_BACK, **patches}
         if sink is not None:
             stack.enter_context(functorch_config.patch(force_non_lazy_backward_lowering=True))
             stack.enter_context(capture_output_code(sink))

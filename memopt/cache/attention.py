@@ -67,7 +67,9 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(key, Pending):
         result = key.layer.attend(query, key, padding, scale)
-        if result.requires_grad and not torch.compiler.is_compiling():
+        if result.requires_grad and torch.compiler.is_compiling():
+            raise ConfigError("a compiled step with gradients: call it under torch.no_grad()")
+        if result.requires_grad:
             result.register_hook(_no_backward)  # type: ignore[no-untyped-call]
     else:
         result = _without_cache(query, key, value, padding, sliding_window, scale)
