@@ -26,7 +26,8 @@ from memopt.graph import OpKind
 from memopt.outcome import Outcome
 from memopt.planner.problem import Candidate
 from memopt.planning import plan_with
-from memopt.splitting import Splitter, stock_saved_set
+from memopt.splitting import Splitter
+from memopt.stock import stock_saved_set
 
 CASE = "plans"
 DEVICE = "h100"

@@ -15,8 +15,9 @@ LAYERS: tuple[str, ...] = (
     "lazy memory planner rows",
     "_torch errors remarks terminal units memory.timeline rows.index",
     "progress lazy.stamps rows.ir",
-    "_versions budget device emit fusion graph paths plan attention.calls attention.influence "
-    "attention.rules attention.runs cache.codes cache.rows cache.shape cache.store cli.asked "
+    "_versions budget device emit fusion graph paths plan stock attention.calls "
+    "attention.influence attention.rules attention.runs cache.codes cache.rows cache.shape "
+    "cache.store cli.asked "
     "cli.benching lazy.rows memory.ledger memory.meter rows.body",
     "_transformers config joint kernels record attention.layers lazy.rules rows.nodes rows.rules "
     "rows.tiling",
