@@ -1,4 +1,4 @@
-"""Which nodes of a joint graph are linear in which of their inputs: decided by operator, exactly."""
+"""Which nodes of a joint graph are linear in which of their inputs, by operator."""
 
 import operator
 from collections.abc import Iterable

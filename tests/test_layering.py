@@ -22,7 +22,8 @@ LAYERS: tuple[str, ...] = (
     "_transformers config joint kernels record attention.layers lazy.rules rows.nodes rows.rules "
     "rows.tiling",
     "losses trials attention.profile attention.view cache.layer lazy.logits memory.lives "
-    "memory.schedule memory.workspace planner.mincut report.page rows.kernel rows.reader",
+    "memory.schedule memory.workspace planner.mincut report.page report.text rows.kernel "
+    "rows.reader",
     "cost pipeline attention.plan attention.search cache.attention cache.columns memory.liveness "
     "memory.replay memory.transfers report.report rows.select rows.source",
     "cutters forms planner.held report returned attention.trials cache.spans rows.lowering",

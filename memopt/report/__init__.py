@@ -1,4 +1,4 @@
-"""What ``explain`` returns: as text, as data (`report`), as a page and as a picture (`page`)."""
+"""What ``explain`` returns: data (`report`), `text`, a `page`, and a picture of that."""
 
 from memopt.report.report import Report
 
