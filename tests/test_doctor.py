@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import memopt
-from memopt import _versions, doctor
-from memopt.cli import main
+from memopt import _versions
+from memopt.cli import doctor, main
 from memopt.passes import PRE_GRAD
 
 Captured = pytest.CaptureFixture[str]

@@ -260,7 +260,8 @@ def of_real_tokens(rules: tuple[Rule, ...], real: Tensor, *given: Tensor) -> Ten
     rows = []
     for one, *of_one in zip(real, *given, strict=True):
         shown = one.nonzero()[:, 0]
-        mixed = masked(*(x[None, :, shown] for x in of_one), spans, SINKS)
+        q, k, v = (x[None, :, shown] for x in of_one)
+        mixed = masked(q, k, v, spans, SINKS)
         rows.append(torch.zeros_like(of_one[0]).index_copy(1, shown, mixed[0]))
     return torch.stack(rows)
 
