@@ -1,6 +1,9 @@
 """What the documentation lists is all there is."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -43,3 +46,13 @@ def test_the_figures_of_the_comparison_are_those_of_the_results() -> None:
     )
     files = [(stem, load(ROOT / "bench" / "results" / f"{stem}.json")) for stem in stems]
     assert comparison.fill(page, files) == page, "run: python -m bench plot"
+
+
+@pytest.mark.slow
+def test_the_site_builds_strictly_and_shows_the_functions(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    for name in ("memopt.explaining.explain", "memopt.report.Report", "memopt.losses.contrastive"):
+        assert f'id="{name}"' in (tmp_path / "api.html").read_text(encoding="utf-8")

@@ -12,9 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS: tuple[str, ...] = (
-    "errors remarks timeline units _torch row_index terminal",
+    "errors",
+    "_versions",
+    "remarks timeline units _torch row_index terminal findings",
     "lazy_stamps row_ir progress",
-    "_versions asked benching paths budget device graph plan ledger fusion emit lazy_rows "
+    "asked benching paths budget device graph plan ledger fusion emit lazy_rows "
     "storage_meter row_body "
     "cache_rows cache_shape cache_codes cache_store attention_calls influence span_rules "
     "calibration_runs",
@@ -36,7 +38,7 @@ LAYERS: tuple[str, ...] = (
     "proofs",
     "lowering diagnosis",
     "backend",
-    "explaining packaging planning doctor",
+    "bisecting explaining packaging planning doctor",
     "api cli",
     "__init__ __main__",
 )
