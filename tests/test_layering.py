@@ -12,10 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS: tuple[str, ...] = (
-    "lazy memory planner rows",
-    "_torch errors remarks terminal units memory.timeline rows.index",
+    "errors lazy memory planner rows",
+    "_versions",
+    "_torch remarks terminal units cli.findings memory.timeline rows.index",
     "progress lazy.stamps rows.ir",
-    "_versions budget device emit fusion graph paths plan stock attention.calls "
+    "budget device emit fusion graph paths plan stock attention.calls "
     "attention.influence attention.rules attention.runs cache.codes cache.rows cache.shape "
     "cache.store cli.asked "
     "cli.benching lazy.rows memory.ledger memory.meter rows.body",
@@ -38,7 +39,7 @@ LAYERS: tuple[str, ...] = (
     "proofs",
     "diagnosis lowering",
     "backend",
-    "explaining packaging planning cli.doctor",
+    "bisecting explaining packaging planning cli.doctor",
     "api cli.app",
     "cli",
     "__init__ __main__",

@@ -16,7 +16,7 @@ from typer.main import get_command
 from memopt._versions import TORCH
 from memopt.cli.asked import function_of, lengths_of, made, options_of
 from memopt.device import DEVICES
-from memopt.errors import MemoptError, MissingExtraError
+from memopt.errors import MemoptError
 from memopt.paths import checked_path
 from memopt.progress import working
 from memopt.terminal import show, show_json, tell
@@ -79,6 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except MemoptError as error:
         _refuse(str(error))
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        _refuse(f"torch is not installed; run: pip install 'torch{TORCH.specifier}'")
         return 1
     except _UsageError as error:
         where = error.ctx.command_path if error.ctx else "memopt"
@@ -247,10 +252,9 @@ def doctor(as_json: Json = False) -> int:
 
             diagnosis = examine()
     except (ImportError, OSError) as error:
-        raise MissingExtraError(
-            f"torch cannot be imported: {error}; install it anew: "
-            f"pip install --force-reinstall 'torch{TORCH.specifier}'"
-        ) from error
+        from memopt.cli.findings import without_torch
+
+        diagnosis = without_torch(error)
     if as_json:
         show_json(diagnosis.to_dict())
     else:

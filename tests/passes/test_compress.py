@@ -75,6 +75,25 @@ def test_the_gradient_is_off_by_what_explain_says(bits: int, floats: bool, lower
     assert (off / total) ** 0.5 == pytest.approx(report.gradient_error, rel=0.05)
 
 
+@pytest.mark.parametrize("how", ["an argument", "a closure"])
+def test_the_error_of_a_function_is_that_of_its_module(how: str) -> None:
+    """Parameters are found wherever the function has them from."""
+    torch.manual_seed(0)
+    model, x = Perceptron(), torch.randn(512, 256)
+    options: Any = {
+        "lowering": "eager",
+        "memory_budget": 0.7,
+        "passes": {Compress.name: {"least": 1024, "error": 1.0}},
+    }
+    expected = memopt.explain(model, x, options=options)
+    if how == "an argument":
+        report = memopt.explain(lambda m, x: m(x), model, x, options=options)
+    else:
+        report = memopt.explain(lambda x: model(x), x, options=options)
+    assert held(report) == held(expected) > 0
+    assert report.gradient_error == pytest.approx(expected.gradient_error)
+
+
 def test_fewer_bits_are_fewer_bytes() -> None:
     peaks = [
         explained(compress={"bits": bits}, memory_budget="min").predicted_peak_bytes
