@@ -170,8 +170,8 @@ def test_on_another_torch_nothing_that_needs_it_is_imported(code: str, tmp_path:
 
 def test_importing_memopt_on_another_torch_warns(tmp_path: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", "import memopt"], env=other_torch(tmp_path, "2.14.0"),
-        capture_output=True, text=True, check=False,
+        [sys.executable, "-W", "error", "-c", "import memopt"],
+        env=other_torch(tmp_path, "2.14.0"), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert "UserWarning: torch 2.14.0 is installed, but memopt" in run.stderr
 
