@@ -103,8 +103,8 @@ def compile_graph(
         observe(diagnosis.make_record(split, proof))
     if config.memory_budget.kind == "bytes" and proof.planned_peak_bytes is not None:
         _warn_of_earlier_graphs(split, proof.gradient_bytes)
-        held_bytes = proof.saved_bytes + proof.output_bytes
-        compiled = LEDGER.tracked(compiled, held_bytes, proof.backward_peak_bytes)
+        highest = proof.backward_peak_bytes + proof.others * proof.held_bytes
+        compiled = LEDGER.tracked(compiled, proof.held_bytes, highest)
     for wrap in ctx.wrappers:
         compiled = wrap(compiled)
     return compiled
