@@ -16,7 +16,7 @@ from memopt.certify import certify
 from memopt.config import Config
 from memopt.device import device_spec
 from memopt.ledger import LEDGER
-from memopt.lowering import Caches, lower_eagerly, lower_with_inductor
+from memopt.lowering import Caches, check_patches, lower_eagerly, lower_with_inductor
 from memopt.passes import CUT_MAPS, CUT_ROWS, FORMS, JOINT, POST_GRAD, PRE_GRAD
 from memopt.pipeline import Compiled, Named, PassContext, Pipeline, configure
 from memopt.proofs import Proof, recall, remember
@@ -66,6 +66,7 @@ def read_options(options: Mapping[str, object] | None, *, mode: str | None = Non
         configure(pass_, config)
     if config.device is not None:
         device_spec(config.device)
+    check_patches(config.inductor)
     return config
 
 

@@ -21,6 +21,8 @@ from memopt._torch import (
     inductor_handlers,
     select_decomp_table,
 )
+from memopt.config import unknown
+from memopt.errors import ConfigError, shown
 from memopt.fusion import NearbyFusion
 from memopt.graph import aten
 from memopt.pipeline import Compiled
@@ -155,6 +157,25 @@ def package_with_inductor(
             program, package_path=path, inductor_configs=dict(patches)
         )
     return str(written)
+
+
+def check_patches(patches: Mapping[str, object]) -> None:
+    """Check patches to Inductor's configuration as ``torch.compile`` checks its own options.
+
+    Raises:
+        ConfigError: Inductor has no such setting, or the value is of another type.
+    """
+    settings: Any = inductor_config
+    known = settings.get_config_copy()
+    for name, value in patches.items():
+        if name not in known:
+            raise unknown("option of Inductor", name, known)
+        kind = settings.get_type(name)
+        if isinstance(kind, type) and not isinstance(value, kind):
+            raise ConfigError(
+                f"option 'inductor' sets {name!r} to {shown(value)}: allowed is a "
+                f"{kind.__name__}, such as {shown(known[name])}"
+            )
 
 
 def _on_gpu(inputs: Sequence[Any]) -> bool:

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS: tuple[str, ...] = (
     "errors remarks timeline units _torch row_index terminal",
-    "lazy_stamps row_ir progress",
+    "lazy_stamps row_ir progress stored",
     "_versions asked benching paths budget device graph plan ledger fusion emit lazy_rows "
     "storage_meter row_body "
     "cache_rows cache_shape cache_codes cache_store attention_calls influence span_rules "
