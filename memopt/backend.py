@@ -14,7 +14,7 @@ from memopt._torch import get_hash_for_files, list_mode_options
 from memopt._versions import __version__
 from memopt.config import Config
 from memopt.device import device_spec
-from memopt.lowering import Caches, lower_eagerly, lower_with_inductor
+from memopt.lowering import Caches, check_patches, lower_eagerly, lower_with_inductor
 from memopt.memory.certify import certify
 from memopt.memory.ledger import LEDGER
 from memopt.passes import CUT_MAPS, CUT_ROWS, FORMS, JOINT, POST_GRAD, PRE_GRAD
@@ -66,6 +66,7 @@ def read_options(options: Mapping[str, object] | None, *, mode: str | None = Non
         configure(pass_, config)
     if config.device is not None:
         device_spec(config.device)
+    check_patches(config.inductor)
     return config
 
 

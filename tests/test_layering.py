@@ -15,7 +15,7 @@ LAYERS: tuple[str, ...] = (
     "errors lazy memory planner rows",
     "_versions",
     "_torch remarks terminal units cli.findings memory.timeline rows.index",
-    "progress lazy.stamps rows.ir",
+    "progress stored lazy.stamps rows.ir",
     "budget device emit fusion graph paths plan stock attention.calls "
     "attention.influence attention.rules attention.runs cache.codes cache.rows cache.shape "
     "cache.store cli.asked "
