@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bench.meter import Meter
 from memopt._torch import BackendCompilerFailed
-from memopt.planner import Search
+from memopt.planner.search import Search
 from memopt.planner.problem import Problem
 from tests.graphs import lowered, problem_of
 
