@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WHOLE, CAUSAL = "whole", "causal"
+WHOLE, CAUSAL, WINDOW = "whole", "causal", "window"
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ def form_of(mask: Tensor) -> Form:
     width = int(shown.flatten(0, -2)[-1].sum())  # of the last query, which sees to one side only
     window = causal.triu(1 - width)
     if width and bool((shown == window).all()):
-        return Form("window", f"a causal window of {width} keys", width, is_causal=True)
+        return Form(WINDOW, f"a causal window of {width} keys", width, is_causal=True)
     if width and bool((shown == everything.tril(width - 1).triu(1 - width)).all()):
-        return Form("window", f"a window of {width} keys on each side", width)
+        return Form(WINDOW, f"a window of {width} keys on each side", width)
     return _documents(shown, causal)
 
 

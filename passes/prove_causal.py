@@ -3,12 +3,13 @@
 Compiled models carry a mask that their library makes from positions alone: each query sees the
 keys up to its own. Where nothing that it is made of is an input, the mask is a constant, and is
 computed while compiling. If it is causal, or hides nothing, attention is told so, and the mask
-goes. No argument tells attention of a window or of documents: such a mask stays, one for all
-layers. In either case heads of keys and values that were repeated for groups of queries are read
-as they are, where the kernels of the device do that.
+goes. A window goes on the CPU, where an operator reads no more than that; elsewhere it stays, as
+documents do, one mask for all layers, for no argument tells attention of either. In any case heads
+of keys and values that were repeated for groups of queries are read as they are, where the kernels
+of the device do that.
 
-Pays: always. The mask is not held, half of the products are not
-computed, kernels without a mask are free to run, and keys and values are held once for a group.
+Pays: always. The mask is not held, half of the products are not computed, or all but a window's,
+kernels without a mask are free to run, and keys and values are held once for a group.
 Exact up to the order of sums.
 
 Does not: where the mask depends on an input, such as one that tells padding, or on sizes that
@@ -26,7 +27,8 @@ from memopt.emit import shape_of, traced
 from memopt.graph import source_line
 from memopt.passes.attentions import ATTEND, Attention, reads_groups
 from memopt.passes.constant_masks import MOST, computed, reason_against_constant
-from memopt.passes.mask_forms import CAUSAL, WHOLE, Form, form_of
+from memopt.passes.mask_forms import CAUSAL, WHOLE, WINDOW, Form, form_of
+from memopt.passes.spanned_calls import reads_window, windowed
 from memopt.pipeline import PassContext
 from memopt.remarks import RemarkKind
 
@@ -53,6 +55,14 @@ class ProveCausal:
             if not isinstance(mask, fx.Node) or attention.arguments["is_causal"]:
                 continue
             form = proven_form(graph, attention, forms, self.most)
+            if form.name == WINDOW and reads_window(attention, form):
+                text = f"its mask is {form.text}: it goes, and no more are read"
+                ctx.remark(self.name, RemarkKind.APPLIED, text, node.name, source_line(node))
+                with graph.inserting_before(node):
+                    node.replace_all_uses_with(windowed(graph, attention, form.width))
+                graph.erase_node(node)
+                rewrites += 1
+                continue
             goes = form.name == WHOLE or (form.name == CAUSAL and not _by_steps(attention))
             shares = _shares(attention, masked=not goes)
             text = f"its mask is {form.text}: it goes" if goes else f"its mask stays: {form.text}"

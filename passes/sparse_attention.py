@@ -30,6 +30,7 @@ from memopt.attention.plan import SpanPlan
 from memopt.emit import shape_of
 from memopt.errors import ConfigError, PlanError
 from memopt.graph import source_line
+from memopt.kernels.banded_attention import ATTENTION
 from memopt.passes.attentions import ATTEND, HEADS, TOKENS, Attention
 from memopt.passes.modules import module_paths, path_of
 from memopt.passes.spanned_calls import banded, padding_of, reason_against, scale_of
@@ -92,9 +93,12 @@ class SparseAttention:
         calls: Counter[tuple[str, ...]] = Counter()
         unknown_lengths: dict[str, None] = {}
         rewrites = 0
-        for node in graph.find_nodes(op="call_function", target=ATTEND):
-            attention, paths = Attention.of(node), module_paths(node)
+        for node in [n for n in graph.nodes if n.target in (ATTEND, ATTENTION)]:
+            paths = module_paths(node)
             index, calls[paths[0]] = calls[paths[0]], calls[paths[0]] + 1
+            if node.target is ATTENTION:  # has a window of its own
+                continue
+            attention = Attention.of(node)
             reason, padding = reason_against(attention), padding_of(attention)
             if not reason:
                 layer = self._layer(known, attention, paths, index)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM
 
 import memopt
 from bench.zoo import MODELS
@@ -89,8 +90,8 @@ def compiled(function: Any, **options: Any) -> Any:
     return torch.compile(function, backend="memopt", options={**STRICT, **options})
 
 
-def said(function: Any, *arguments: Any) -> list[str]:
-    report = memopt.explain(function, *arguments, options=STRICT)
+def said(function: Any, *arguments: Any, **options: Any) -> list[str]:
+    report = memopt.explain(function, *arguments, options={**STRICT, **options})
     remarks = [r for graph in report.graphs for r in graph.remarks]
     return [r.text for r in remarks if r.pass_name == ProveCausal.name]
 
@@ -166,6 +167,109 @@ def test_other_masks_stay(mask: Mask) -> None:
         assert_eagers(lambda *x: attend(mask, *x), given)
     (text,) = said(lambda *x: attend(mask, *x), *given)
     assert text.startswith("its mask stays")
+
+
+LONG = 1024
+
+
+def long_tensors(heads: int = QUERIES, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [
+        torch.randn(1, h, LONG, 8, dtype=dtype, requires_grad=True)
+        for h in (QUERIES, heads, heads)
+    ]
+
+
+def of_width(width: int) -> Mask:
+    def mask(n: int) -> Tensor:
+        at = torch.arange(n)
+        return by_tril(n) & (at[None] > at[:, None] - width)
+
+    return mask
+
+
+def added(width: int) -> Mask:
+    return lambda n: torch.zeros(n, n, dtype=torch.float64).masked_fill(
+        ~of_width(width)(n), -torch.inf
+    )
+
+
+def in_groups(mask: Mask, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, mask(LONG), scale=0.3, enable_gqa=True)
+
+
+def assert_long(function: Any, given: list[Tensor]) -> None:
+    expected, actual = function(*given), compiled(function, lowering="eager")(*given)
+    torch.testing.assert_close(actual, expected)
+    wanted, mine = (torch.autograd.grad(y.square().sum(), given) for y in (expected, actual))
+    for one, other in zip(mine, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("width", [1, 40, 700])
+@pytest.mark.parametrize(
+    ("form", "mask"),
+    [(attend, of_width), (attend, added), (grouped, of_width), (in_groups, of_width)],
+)
+def test_a_long_window_goes(form: Any, mask: Any, width: int) -> None:
+    given = long_tensors(QUERIES if form is attend else HEADS)
+    assert_long(lambda *x: form(mask(width), *x), given)
+    (text,) = said(lambda *x: form(mask(width), *x), *given)
+    assert (
+        text == f"its mask is a causal window of {width} keys: it goes, and no more keys are read"
+    )
+
+
+def both_sides(n: int) -> Tensor:
+    at = torch.arange(n)
+    return (at[None] - at[:, None]).abs() < 40
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        lambda q, k, v: attend(both_sides, q, k, v),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, of_width(9)(LONG), dropout_p=0.5),
+        lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0], of_width(9)(LONG)),
+        lambda q, k, v: attend(of_width(9), q.repeat(1, 1, 1, 40), k.repeat(1, 1, 1, 40), v),
+    ],
+)
+def test_what_is_no_window_for_the_operator_keeps_its_mask(attention: Any) -> None:
+    (text,) = said(attention, *long_tensors(), lowering="eager")
+    assert text.startswith("its mask stays")
+
+
+def test_a_window_under_autocast_has_eagers_dtype() -> None:
+    def cast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return attend(of_width(40), q, k, v)
+
+    given = long_tensors(dtype=torch.float32)
+    actual, expected = compiled(cast, lowering="eager")(*given), cast(*given)
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_model_with_windows_holds_no_mask() -> None:
+    config = MistralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MistralForCausalLM(config).double()
+    ids = torch.randint(0, 64, (1, LONG))
+    inputs: dict[str, Any] = {"input_ids": ids, "labels": ids}
+    loss = model(**inputs).loss
+    wanted = torch.autograd.grad(loss, list(model.parameters()))
+    report = memopt.explain(model, options={**STRICT, "lowering": "eager"}, **inputs)
+    (graph,) = report.graphs
+    assert sum("a causal window of 64 keys: it goes" in r.text for r in graph.remarks) == 2
+    mine = compiled(model, lowering="eager")(**inputs).loss
+    torch.testing.assert_close(mine, loss)
+    for one, other in zip(
+        torch.autograd.grad(mine, list(model.parameters())), wanted, strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
 
 
 def test_a_mask_that_is_overwritten_between_two_layers_is_read_twice() -> None:

@@ -163,6 +163,29 @@ def test_a_module_that_attends_twice_has_rules_for_each_call() -> None:
     assert_same(compiled(Outer(twice), both)(*given), expected, given)
 
 
+def test_a_call_with_a_window_of_its_own_counts_as_a_call() -> None:
+    """Which ``prove_causal`` has rewritten by then."""
+    n = 1024
+    window = torch.ones(n, n, dtype=torch.bool).tril().triu(-29)
+
+    def twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        at = torch.arange(n)
+        near = (at[:, None] >= at) & (at[:, None] - at < 30)
+        first = F.scaled_dot_product_attention(q, k, v, attn_mask=near, enable_gqa=True)
+        return told(first, k, v)
+
+    shapes = [(1, h, n, WIDTH) for h in (QUERIES, HEADS, HEADS)]
+    given = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    q, k, v = given
+    own: tuple[Any, ...] = (QUERIES, HEADS, WIDTH)
+    of_both = plan_for(
+        ("layers.0", *own, ()), ("layers.0#1", *own, (SHORT, HALF)), lengths=(16, 2048)
+    )
+    first = F.scaled_dot_product_attention(q, k, v, attn_mask=window, enable_gqa=True)
+    expected = q + masked(first, k, v, [rule.span(n) for rule in (SHORT, HALF)], SINKS)
+    assert_same(compiled(Outer(twice), of_both)(*given), expected, given)
+
+
 def test_inductor_computes_the_same() -> None:
     given = tensors(dtype=torch.float32)
     actual = compiled(Outer(told), plan(), lowering="inductor")(*given)
