@@ -230,8 +230,10 @@ def _together(workers: Sequence[Worker], method: str, *arguments: object) -> lis
         worker.start(method, *arguments)
     found: dict[int, Any] = {}
     while len(found) < len(workers):
-        for ready in wait([w for i, w in enumerate(workers) if i not in found]):
-            found[workers.index(ready)] = ready.result()  # type: ignore[arg-type,union-attr]
+        missing = {w.fileno(): i for i, w in enumerate(workers) if i not in found}
+        for ready in wait([*missing]):
+            assert isinstance(ready, int)
+            found[missing[ready]] = workers[missing[ready]].result()
     return [found[rank] for rank in range(len(workers))]
 
 
@@ -247,7 +249,8 @@ def _budget(name: str, rows: Mapping[str, Row]) -> int | float | str | None:
     other = rows.get(budget.peer, {})
     if "peak_bytes" not in other:
         raise LookupError(f"{budget.peer} has no peak in this case")
-    return int(min(other["peak_bytes"]) * budget.share) - max(other["gathered_bytes"])
+    nbytes = int(min(other["peak_bytes"]) * budget.share)
+    return nbytes - int(max(other["gathered_bytes"]))
 
 
 def _loss_error(row: Row, expected: Row) -> float:
