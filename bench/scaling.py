@@ -22,8 +22,8 @@ from bench.plan_cases import STOCK
 from memopt.backend import read_options
 from memopt.device import DEVICES, DeviceSpec
 from memopt.outcome import Outcome
+from memopt.planner.problem import Candidate, Problem
 from memopt.planning import plan_with
-from memopt.problem import Candidate, Problem
 
 CASE = "scaling"
 DEVICE = "h100"

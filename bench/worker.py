@@ -79,7 +79,7 @@ def compile_for(
     """The module as this peer runs it."""
     inner = module.model if isinstance(module, LossOnly) else module
     if peer.checkpoint:
-        checkpoint_blocks(inner)
+        checkpoint_blocks(inner, selective=peer.selective)
     if peer.tile is not None:
         if not isinstance(inner, LatentDecoder):
             raise ValueError(f"{type(inner).__name__} decodes no latents")

@@ -16,7 +16,7 @@ from memopt.errors import PartitionError
 from memopt.graph import is_collective
 from memopt.joint import Encoding, JointGraph
 from memopt.kernels.host import ARRIVED, FROM_HOST, LEFT
-from memopt.schedule import Schedule
+from memopt.memory.schedule import Schedule
 
 
 def partition(

@@ -7,16 +7,16 @@ everything that the plan depended on.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from memopt._torch import cache_dir, inductor_config, write_atomic
-from memopt.certify import Certificate
-from memopt.liveness import Liveness
+from memopt._torch import cache_dir, inductor_config
+from memopt.memory.certify import Certificate
+from memopt.memory.liveness import Liveness
+from memopt.memory.timeline import Timeline
 from memopt.splitting import Splitter
-from memopt.timeline import Timeline
+from memopt.stored import keep, kept
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,16 @@ class Proof:
 
 def recall(key: str, codes: Sequence[str]) -> Proof | None:
     """The proof that ``remember`` kept, if it did and the file can be read."""
+    body = kept(_path(key, codes))
+    if body is None:
+        return None
     try:
-        body = json.loads(_path(key, codes).read_text(encoding="utf-8"))
         certificate = body.pop("certificate")
         if isinstance(certificate, dict):
             timeline = Timeline.from_dict(certificate.pop("timeline"))
             certificate = Certificate(**certificate, timeline=timeline)
         return Proof(certificate, **body)
-    except (OSError, ValueError, TypeError, AttributeError, LookupError):
+    except (ValueError, TypeError, AttributeError, LookupError):  # another version's
         return None
 
 
@@ -127,7 +129,7 @@ def remember(key: str, codes: Sequence[str], proof: Proof) -> None:
     body = asdict(proof)
     if proof.emitted is not None:
         body["certificate"]["timeline"] = proof.emitted.timeline.to_dict()
-    write_atomic(str(_path(key, codes)), json.dumps(body), make_dirs=True)
+    keep(_path(key, codes), body)
 
 
 def _path(key: str, codes: Sequence[str]) -> Path:

@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from memopt.backend import read_options
 from memopt.graph import awaited, is_collective, is_wait
-from memopt.liveness import analyse
 from memopt.lowering import lower_eagerly
+from memopt.memory.liveness import analyse
+from memopt.memory.schedule import make_schedule
 from memopt.pipeline import PassContext
-from memopt.problem import Problem
-from memopt.schedule import make_schedule
+from memopt.planner.problem import Problem
 from memopt.splitting import Splitter
 from tests.distributed_models import of_all_rows
 from tests.graphs import problem_of, savable
