@@ -9,7 +9,8 @@ et al., 2020, arXiv:1910.02054) and of FSDP (Zhao et al., 2023, arXiv:2304.11277
 ring is that of Patarasuk and Yuan (2009).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ DEVICE = "h100"
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 # Of a rank's memory, what the driver, the collectives' buffers and the allocator's gaps leave.
 USABLE = 0.92
+_TIGHTENED = 6
 WAYS = ("stock", "checkpoint", "memopt")
 Row = dict[str, Any]
 
@@ -199,6 +201,17 @@ class _Head(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
+@contextmanager
+def _in_bfloat16() -> Iterator[None]:
+    """Modules are made of bfloat16: fake ones cannot be converted."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _planned(make: Callable[[], Any], options: Mapping[str, Any]) -> Outcome:
     """The outcome of the one graph that a part of a model is."""
     splits = plan_with(make, read_options({"device": DEVICE, **options}))
@@ -216,7 +229,8 @@ def _blocks(model: Model, options: Mapping[str, Any]) -> tuple[Outcome, int]:
     def make() -> tuple[nn.Module, dict[str, Tensor]]:
         nonlocal count
         config = LlamaConfig(**model.shape, use_cache=False, attn_implementation="sdpa")
-        block = _Block(LlamaDecoderLayer(config, 0)).to(torch.bfloat16)
+        with _in_bfloat16():
+            block = _Block(LlamaDecoderLayer(config, 0))
         count = sum(p.numel() for p in block.parameters())
         hidden = model.shape["hidden_size"]
         width = hidden // model.shape["num_attention_heads"]
@@ -233,7 +247,8 @@ def _head(model: Model, options: Mapping[str, Any]) -> Part:
     def make() -> tuple[nn.Module, dict[str, Tensor]]:
         x = torch.zeros(model.batch, model.length, hidden, dtype=torch.bfloat16)
         targets = torch.zeros(model.batch, model.length, dtype=torch.long)
-        head = _Head(hidden, vocabulary).to(torch.bfloat16)
+        with _in_bfloat16():
+            head = _Head(hidden, vocabulary)
         return head, {"x": x.requires_grad_(), "targets": targets}
 
     outcome = _planned(make, options)
@@ -279,6 +294,24 @@ def run(
     return rows
 
 
+def _fitting(
+    outcome: Outcome, training: Training, parameters: int, head: Part, ranks: int, room: float
+) -> Candidate | None:
+    """The fastest plan found with which a rank has room for its blocks, and for the head."""
+    fastest = part(outcome.problem, outcome.search.fastest, parameters)
+    budget = room - training.around_bytes(fastest, head, ranks)
+    for _ in range(_TIGHTENED):
+        plan = outcome.search.plan(int(budget))
+        if plan is None:
+            return None
+        own = part(outcome.problem, plan, parameters)
+        over = training.rank_bytes(own, head, ranks) - room
+        if over <= 0:
+            return plan
+        budget = min(budget, plan.peak_bytes) - over
+    return None
+
+
 def _row(
     model: Model,
     way: str,
@@ -299,8 +332,7 @@ def _row(
     elif way == "checkpoint":
         plan = problem.evaluate((), "checkpoint")
     else:
-        around = training.around_bytes(part(problem, search.fastest, parameters), head, ranks)
-        plan = search.plan(int(room - around))
+        plan = _fitting(outcome, training, parameters, head, ranks, room)
     own = {"kind": CASE, "case": model.name, "peer": way, "ranks": ranks, "planned_for": DEVICE}
     shown = part(problem, plan or search.floor, parameters)
     total = training.rank_bytes(shown, head, ranks)

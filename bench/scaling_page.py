@@ -30,13 +30,14 @@ into the formulas of `bench/scaling.py`. Three ways to run a block:
 - **stock**: torch's own partition of the block's graph, with no pass of memopt's.
 - **checkpoint**: the same graph, and nothing of a block kept but what it is given.
 - **memopt**: the budget is what parameters and their like leave of a rank's memory, so the plan
-  is another one for each number of ranks; where it fits, nothing is run twice.
+  is another one for each number of ranks. Head and loss are memopt's as well, by chunks; in the
+  other two ways they are torch's.
 
 Of a rank's {gib} GiB, {usable:.0%} is used. A rank holds, in bytes:
 
 | what | how much |
 |:--|:--|
-| sharded | {state} for each parameter, by the ranks: float32 with gradient and moments |
+| sharded | {state} for each parameter over the ranks: float32, with gradient and two moments |
 | gathered | {width} for each parameter of two blocks, and of what is in no block |
 | reduced | {reduced} for each parameter of a block, on their way while the next block's are made |
 | graphs | the peak that the planner gives for a block beside the others, or the head's |
@@ -81,7 +82,8 @@ def page(results: dict[str, Any], picture: str) -> str:
         outer=fabric.outer / 1e9,
         across=min(fabric.inner, fabric.node * fabric.outer) / 1e9,
     )
-    parts = ["# Many ranks, computed\n", environment(results), words]
+    when = environment(results).replace("Measured", "Computed", 1)
+    parts = ["# Many ranks, computed\n", when, words]
     parts.append(f"![Bytes of a rank, and tokens per second, by ranks]({picture})\n")
     for case in dict.fromkeys(row["case"] for row in rows):
         own = [row for row in rows if row["case"] == case]

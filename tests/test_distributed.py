@@ -13,7 +13,7 @@ from tests.ranks import Ranks, ends, ranks
 
 Options = Mapping[str, Any]
 # Pieces of rows are not what is tested here, and searched for at length.
-OPTIONS = {"lowering": "eager", "strict": True, "passes": {"cut_rows": False}}
+OPTIONS: Options = {"lowering": "eager", "strict": True, "passes": {"cut_rows": False}}
 LAYOUTS: Mapping[str, tuple[Layout, Options]] = {
     "ddp": (Layout("ddp", ragged=True), {"memory_budget": "min"}),
     "fsdp, all at once": (Layout("fsdp", ragged=True), {"memory_budget": "min"}),
@@ -56,7 +56,7 @@ def assert_trains_as_eager(layout: Layout, by_rank: Mapping[int, Options]) -> li
     expected, gradients = train(layout, None)
     torch._dynamo.reset()
     saved: list[set[str]] = []
-    losses, own = train(layout, OPTIONS | options, saved)
+    losses, own = train(layout, {**OPTIONS, **options}, saved)
     torch.testing.assert_close(losses, expected, rtol=1e-11, atol=0)
     torch.testing.assert_close(own, gradients, rtol=1e-9, atol=1e-12)
     return saved
@@ -92,7 +92,7 @@ def of_all_rows_as_eager(by_rank: Mapping[int, Options]) -> list[set[str]]:
 
     expected = gradients(of_all_rows)
     saved: list[set[str]] = []
-    own = gradients(compiled_with(OPTIONS | by_rank[rank], saved)(of_all_rows))
+    own = gradients(compiled_with({**OPTIONS, **by_rank[rank]}, saved)(of_all_rows))
     torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-12)
     return saved
 
@@ -137,7 +137,7 @@ def test_ranks_compile_at_moments_of_their_own(two: Ranks) -> None:
 def train_on_too_little() -> None:
     """The second rank's budget is less than any plan needs."""
     budget = {0: None, 1: 2**14}[torch.distributed.get_rank()]
-    train(Layout("fsdp", blocks=True), OPTIONS | {"memory_budget": budget})
+    train(Layout("fsdp", blocks=True), {**OPTIONS, "memory_budget": budget})
 
 
 def test_a_budget_that_one_rank_cannot_meet_ends_all() -> None:

@@ -93,7 +93,8 @@ def test_a_collective_is_in_one_half(
         return lower_eagerly(gm, inputs, Kept(config, PassContext(config)))
 
     x = torch.randn(SIDE, SIDE, dtype=torch.float64)
-    torch.compile(function, backend=backend)(x, torch.randn_like(x).requires_grad_()).backward()
+    loss: Any = torch.compile(function, backend=backend)(x, torch.randn_like(x).requires_grad_())
+    loss.backward()
     forward, backward = ([n.name for n in half.graph.nodes if is_collective(n)] for half in halves)
     assert len({*forward, *backward}) == len(forward) + len(backward)
     assert bool(forward) == (function is gathered_input)
@@ -102,7 +103,9 @@ def test_a_collective_is_in_one_half(
 
 def test_a_checkpoint_around_a_collective_does_not_run_it_again(group: None) -> None:
     def gathered(x: Tensor) -> Tensor:
-        whole: Tensor = collectives.all_gather_tensor_autograd(x.sin(), 0, dist.group.WORLD)
+        world = dist.group.WORLD
+        assert world is not None
+        whole: Tensor = collectives.all_gather_tensor_autograd(x.sin(), 0, world)
         return whole.sin()
 
     def step(x: Tensor) -> Tensor:

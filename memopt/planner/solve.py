@@ -86,8 +86,8 @@ def _milp(
     size = regions * levels
     unit = 2.0**20
     one = csr_array(np.kron(np.eye(regions), np.ones((1, levels))))
-    before = np.tril(np.ones((regions, regions)), -1) + tables.others
-    before = np.kron(before, np.ones((1, levels)))
+    held = np.tril(np.ones((regions, regions)), -1) + tables.others
+    before = np.kron(held, np.ones((1, levels)))
     before *= tables.saved_bytes.reshape(1, size)
     rows = []
     for own in (tables.forward_bytes, tables.backward_bytes):

@@ -10,6 +10,7 @@ import pytest
 from bench import scaling
 from bench.__main__ import main
 from bench.scaling import Fabric, Model, Part, Training, run
+from memopt.device import DEVICES
 from tests.distributed_models import sharded_step
 from tests.ranks import Ranks, ranks
 
@@ -120,7 +121,7 @@ def test_where_stock_does_not_fit_the_plan_takes_what_is_left(
     by = {row["peer"]: row for row in rows if row["ranks"] == 8}
     lowest, highest = by["checkpoint"]["rank_bytes"], by["stock"]["rank_bytes"]
     room = (lowest + highest) // 2
-    monkeypatch.setattr(scaling, "USABLE", room / scaling.DEVICES["h100"].memory_bytes)
+    monkeypatch.setattr(scaling, "USABLE", room / DEVICES["h100"].memory_bytes)
     tight = {row["peer"]: row for row in run(lambda line: None, [SMALL], (8,))}
     assert not tight["stock"]["fits"]
     assert tight["memopt"]["fits"]
