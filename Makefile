@@ -43,21 +43,21 @@ clean: ## Remove what the other targets made, .venv included
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A torch that the base interpreter has, in the supported range, is used as it is: importing
-# memopt succeeds exactly then. One line in a .pth file shows it to the new environment.
+# A torch that the base interpreter has, in the supported range, is used as it is. One line in a
+# .pth file shows it to the new environment.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo \
 	  "memopt needs Python 3.10 or newer, and '$(PYTHON)' is not: run make PYTHON=/path/to/python3 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo \
 	  "'$(PYTHON)' cannot make virtual environments: install its venv package (python3-venv on Debian)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	@if $(PYTHON) -c 'import memopt' 2>/dev/null; then \
+	@if $(PYTHON) -c 'import memopt._versions as v; v.check()' 2>/dev/null; then \
 	  $(PYTHON) -c 'import importlib.util as u, pathlib; print(pathlib.Path(u.find_spec("torch").origin).parents[1])' \
 	    > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth" \
 	  && echo "using the torch of $(PYTHON)"; fi
 
 $(READY): pyproject.toml | $(BIN)/python
-	$(BIN)/python -c 'import memopt' 2>/dev/null || $(PIP) install torch==$(TORCH)
+	$(BIN)/python -c 'import memopt._versions as v; v.check()' 2>/dev/null || $(PIP) install torch==$(TORCH)
 	$(PIP) install -e '.[dev]'
 	@touch $@
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from bench.peers import ALL, CORE, HEADS, NORMS, OFFLOADS, QUICK
+from bench.peers import ALL, CHECKPOINTS, CORE, HEADS, NORMS, OFFLOADS, QUICK
 from bench.zoo import MODELS
 
 Outputs = Literal["held", "dropped", "loss"]
@@ -50,6 +50,7 @@ _HEADLINE = (
     Case(name="llama_a_loss", model="llama_a", outputs="loss", peers=ALL),
     Case(name="llama_b", model="llama_b", peers=ALL),
     Case(name="llama_b_dropped", model="llama_b", outputs="dropped", peers=ALL),
+    Case(name="llama_b_checkpoints", model="llama_b", peers=CHECKPOINTS),
     Case(name="llama_b_offload", model="llama_b", peers=OFFLOADS),
     Case(name="llama_head", model="llama_head", peers=HEADS),
     Case(name="llama_head_bf16", model="llama_head", peers=HEADS, dtype="bfloat16"),

@@ -32,6 +32,7 @@ class Peer:
         name: how results refer to it.
         compiler: what runs the step.
         checkpoint: whether every block runs under `torch.utils.checkpoint`.
+        selective: whether these hold some results, as torchtitan's do.
         offload: whether saved values may lie on the host, by each compiler's own means.
         activation_budget: functorch's ``activation_memory_budget``, a share of saved bytes.
         memory_budget: memopt's option of that name; a `PeakOf` is turned into bytes.
@@ -44,6 +45,7 @@ class Peer:
     name: str
     compiler: Literal["eager", "inductor", "memopt"]
     checkpoint: bool = False
+    selective: bool = False
     offload: bool = False
     activation_budget: float | None = None
     memory_budget: Budget = None
@@ -60,6 +62,8 @@ class Peer:
             words.append(_budget_in_words(self.memory_budget))
         if self.checkpoint:
             words.append("every block under `torch.utils.checkpoint`")
+        if self.selective:
+            words.append("which holds attention and every second product, as torchtitan's does")
         if self.offload:
             words.append(_OFFLOADS[self.compiler])
         if self.activation_budget is not None:
@@ -108,6 +112,12 @@ PEERS: Mapping[str, Peer] = {
         Peer(name="eager+tiles", compiler="eager", tile=16),
         Peer(name="inductor", compiler="inductor"),
         Peer(name="inductor+checkpoint", compiler="inductor", checkpoint=True),
+        Peer(
+            name="inductor+selective checkpoint",
+            compiler="inductor",
+            checkpoint=True,
+            selective=True,
+        ),
         Peer(name="inductor 0.5", compiler="inductor", activation_budget=0.5),
         Peer(name="inductor 0.3", compiler="inductor", activation_budget=0.3),
         Peer(name="inductor 0.1", compiler="inductor", activation_budget=0.1),
@@ -146,6 +156,11 @@ PEERS: Mapping[str, Peer] = {
             memory_budget=PeakOf("inductor+checkpoint"),
         ),
         Peer(
+            name="memopt @ inductor+selective checkpoint",
+            compiler="memopt",
+            memory_budget=PeakOf("inductor+selective checkpoint"),
+        ),
+        Peer(
             name="memopt @ inductor 0.5",
             compiler="memopt",
             memory_budget=PeakOf("inductor 0.5"),
@@ -156,6 +171,11 @@ PEERS: Mapping[str, Peer] = {
 HEADS = (
     "eager", "inductor", "inductor auto-chunker", "inductor linear_cross_entropy",
     "inductor+liger", "inductor+cut_cross_entropy", "memopt", "memopt min",
+)  # fmt: skip
+CHECKPOINTS = (
+    "inductor", "inductor+checkpoint", "inductor+selective checkpoint", "inductor 0.5",
+    "memopt @ inductor+checkpoint", "memopt @ inductor+selective checkpoint",
+    "memopt @ inductor 0.5",
 )  # fmt: skip
 OFFLOADS = (
     "eager", "eager+checkpoint", "eager+offload", "eager+checkpoint+offload", "inductor",
@@ -171,6 +191,7 @@ ALL = tuple(
     for name, peer in PEERS.items()
     if not (peer.auto_chunker or peer.library or peer.offload or peer.tile)
     and "folded norms" not in name
+    and "selective" not in name
 )
 CORE = (
     "eager", "inductor", "inductor+checkpoint",

@@ -10,10 +10,11 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot
 
-from bench import tables
+from bench import comparison, tables
 from bench.attention import attention_section
 from bench.caches import caches_section
 from bench.compare import Rows, step_rows
+from bench.fsdp2 import fsdp2_section
 from bench.kernel_tables import compared, kernel_section
 from bench.plan_tables import plan_section
 from bench.results import load
@@ -25,13 +26,17 @@ FAMILIES = (
     ("eager+checkpoint", "eager, checkpoint per block", "#009E73", "^"),
     ("eager", "eager", "#000000", "s"),
     ("inductor+checkpoint", "Inductor, checkpoint per block", "#56B4E9", "v"),
+    ("inductor+selective", "Inductor, selective checkpoint", "#E69F00", "<"),
     ("inductor ", "Inductor, activation budget", "#CC79A7", "D"),
     ("inductor", "Inductor", "#0072B2", "P"),
 )
 
 
 def write_all(files: Sequence[Path], root: Path) -> list[Path]:
-    """Write one picture per case, ``docs/results.md``, and the README's table if it has markers.
+    """Write one picture per case, ``docs/results.md``, and the tables of other pages.
+
+    Those are the tables of ``docs/comparison.md``, if it is there, and the README's, if it has
+    markers.
 
     Returns:
         The files written.
@@ -48,6 +53,10 @@ def write_all(files: Sequence[Path], root: Path) -> list[Path]:
     page_path = root / "docs" / "results.md"
     page_path.write_text("\n".join(pages))
     written.append(page_path)
+    beside = root / "docs" / "comparison.md"
+    if beside.exists():
+        beside.write_text(comparison.fill(beside.read_text(), loaded))
+        written.append(beside)
     readme = root / "README.md"
     if readme.exists() and tables.START in readme.read_text():
         table = tables.readme_table(results for _, results in loaded)
@@ -83,6 +92,8 @@ def _section(stem: str, results: dict[str, Any], assets: Path) -> tuple[list[Pat
         parts += ["### banded attention\n", section]
     if section := caches_section(results["rows"]):
         parts += ["### caches\n", section]
+    if section := fsdp2_section(results["rows"]):
+        parts += ["### sharded blocks on several ranks\n", section]
     if section := plan_section(results["rows"]):
         parts += ["### plans\n", section]
     return pictures, "\n".join(parts)

@@ -92,6 +92,20 @@ def _case_line(rows: Rows, key: tuple[str, str]) -> list[str]:
     ]
 
 
+def short_line(rows: Rows, key: tuple[str, str]) -> list[str]:
+    """Case, peer, peak MiB, peak and step over Inductor's, and the gradient's error."""
+    row = rows[key]
+    if row["status"] != "ok":
+        return [*key, f"{row['status']}: {_one_line(row['error'])}", "", "", ""]
+    return [
+        *key,
+        _mib(row["peak_bytes"]) + (" (over)" if is_over_budget(row) else ""),
+        _figure(relative(rows, key, "peak_bytes"), ".3f"),
+        _figure(relative(rows, key, "step_seconds"), ".3f"),
+        _figure(row["gradient_error"], ".1e"),
+    ]
+
+
 def is_over_budget(row: dict[str, Any]) -> bool:
     """Whether a budget in bytes was exceeded."""
     budget, peak = row["memory_budget"], row["peak_bytes"]

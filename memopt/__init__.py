@@ -1,9 +1,12 @@
 """memopt: keep a training or inference step under a memory budget, with ``torch.compile``.
 
-Importing this package does not import torch: each public name loads its module on first use.
+Importing this package does not import torch: each public name loads its module on first use. Where
+torch or Triton are of another version than is supported, importing it warns, and first use raises
+``UnsupportedVersionError``.
 """
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING
 
 from memopt import _versions
@@ -19,12 +22,16 @@ from memopt.errors import (
     UnsupportedVersionError,
 )
 
-_versions.check()
+try:
+    _versions.check()
+except UnsupportedVersionError as error:
+    warnings.warn(str(error), stacklevel=2)
 
 _LAZY = {
     "Config": "memopt.config",
     "Report": "memopt.report",
     "advise": "memopt.planning",
+    "bisect": "memopt.bisecting",
     "explain": "memopt.explaining",
     "optimize": "memopt.api",
     "package": "memopt.packaging",
@@ -33,6 +40,7 @@ _LAZY = {
 
 if TYPE_CHECKING:
     from memopt.api import optimize
+    from memopt.bisecting import bisect
     from memopt.config import Config
     from memopt.explaining import explain
     from memopt.packaging import package
@@ -43,6 +51,7 @@ else:  # hidden from type checkers, for which it would make every name exist
     def __getattr__(name: str) -> object:
         if name not in _LAZY:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        _versions.check()
         return getattr(importlib.import_module(_LAZY[name]), name)
 
 
@@ -59,6 +68,7 @@ __all__ = [
     "UnsupportedVersionError",
     "__version__",
     "advise",
+    "bisect",
     "explain",
     "optimize",
     "package",

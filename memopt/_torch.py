@@ -1,13 +1,19 @@
 """The only module that imports private names of torch; what breaks on an upgrade breaks here.
 
 Checked on torch 2.13 and written against the 2.11 sources. ``tests/test_torch_names.py`` imports
-every name and calls those whose signature matters.
+every name and calls those whose signature matters. On another torch than is supported the first
+thing that fails is the check of versions, with its remedy.
 """
+# ruff: noqa: E402
 
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from memopt import _versions
+
+_versions.check()
 
 import torch
 from torch import fx

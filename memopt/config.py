@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from memopt.budget import Budget, as_float
@@ -65,6 +65,8 @@ class Config:
         device: a name in the device table, or None for the device that the model is on.
         solver: how plans are searched; ``"auto"`` refines the greedy plan while time is left.
         solver_seconds: limit of the search, per graph, in seconds of its own work.
+        repeats: how many times in a step a graph runs forward before its first backward, as one
+            does that blocks share which are compiled one by one. All of them are in the budget.
         mode: a mode of ``torch.compile``, handed on to Inductor.
         inductor: patches to Inductor's own configuration, by dotted name.
         plan: path of a saved plan to replay instead of searching, or None.
@@ -78,6 +80,7 @@ class Config:
     device: str | None = None
     solver: Literal["auto", "greedy", "exact"] = "auto"
     solver_seconds: float = 5.0
+    repeats: int = 1
     mode: str | None = None
     inductor: Settings = field(default_factory=Settings)
     plan: str | None = None
@@ -222,6 +225,12 @@ def _seconds(name: str, value: object) -> float:
     return seconds
 
 
+def _count(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise _wrong(name, value, "an int of at least 1, such as the number of blocks")
+    return int(value)
+
+
 def _text(name: str, value: object) -> str | None:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
@@ -253,6 +262,7 @@ _PARSERS: Mapping[str, Callable[[str, object], object]] = {
     "device": _text,
     "solver": _one_of("auto", "greedy", "exact"),
     "solver_seconds": _seconds,
+    "repeats": _count,
     "mode": _one_of(None, *MODES),
     "inductor": _settings,
     "plan": _text,

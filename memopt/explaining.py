@@ -93,18 +93,19 @@ def _gradient_error(
 ) -> float:
     """How far the first step's gradient is from the second's, over the norm of that.
 
-    Of the loss, if the outputs have a scalar, or else of the sum of their squares, by all
-    parameters and inputs that take a gradient. Buffers are as they were afterwards.
+    Of the loss, if the outputs have a scalar, or else of the sum of their squares, by every leaf
+    that it has a gradient for. Buffers are as they were afterwards.
     """
-    module = model if isinstance(model, nn.Module) else nn.Module()
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    given = [t for t in pytree.tree_leaves((inputs, kwargs)) if isinstance(t, torch.Tensor)]
-    leaves = [t for t in (*module.parameters(), *given) if t.requires_grad]
+    given = pytree.tree_leaves((model, inputs, kwargs))
+    modules = [m for m in given if isinstance(m, nn.Module)]
+    buffers = [(buffer, buffer.clone()) for m in modules for buffer in m.buffers()]
+    leaves: list[torch.Tensor] = []
     found = []
     for step in steps:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             loss = _scalar(step(*inputs, **kwargs))
+        leaves = leaves or _leaves(loss)
         found.append(torch.autograd.grad(loss, leaves, allow_unused=True))
         with torch.no_grad():
             for buffer, before in buffers:
@@ -115,6 +116,18 @@ def _gradient_error(
             off += float((mine.double() - exact.double()).square().sum())
             total += float(exact.double().square().sum())
     return (off / total) ** 0.5 if total else 0.0
+
+
+def _leaves(loss: torch.Tensor) -> list[torch.Tensor]:
+    """What a loss has gradients for, wherever it comes from: inputs, parameters, closures."""
+    leaves, todo, seen = [], [loss.grad_fn], {None}
+    while todo:
+        node: Any = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            leaves += [node.variable] if hasattr(node, "variable") else []
+            todo += [before for before, _ in node.next_functions]
+    return leaves
 
 
 def _scalar(outputs: Any) -> torch.Tensor:

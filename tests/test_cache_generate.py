@@ -1,11 +1,9 @@
 """``generate()`` with caches that lose nothing gives what it gives with transformers' own."""
 
 import copy
-import re
 import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -301,15 +299,6 @@ def test_a_cache_of_another_model_is_refused() -> None:
 def test_a_length_that_is_none_is_refused(length: Any) -> None:
     with pytest.raises(ConfigError, match=f"max_length={length}"):
         caches.HostCache(tiny().config, length)
-
-
-def test_the_examples_of_the_page_run() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "caches.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 6
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(block, names)
 
 
 def python(code: str) -> str:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import io
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +14,8 @@ from bench import retrieval
 from bench.zoo import MODELS
 from memopt import progress
 from memopt.attention import SpanPlan, calibrate
-from memopt.attention_profile import profiled
-from memopt.calibration_runs import loss_of
+from memopt.attention.profile import profiled
+from memopt.attention.runs import loss_of
 from memopt.errors import ConfigError, LossGuardError, PlanError
 from tests.span_models import compiled, masked
 
@@ -313,20 +311,6 @@ def test_influence_is_a_mean_over_sequences_and_batches() -> None:
     for batches in ([ids.repeat(3, 1)], [ids, ids], list(ids[:, None])):
         (other,) = profiled(given, batches, loss_of, 4)
         torch.testing.assert_close(other.maps[32], once.maps[32], rtol=1e-4, atol=1e-8)
-
-
-def test_the_documented_example_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    page = Path(__file__).parents[1] / "docs" / "sparse-attention.md"
-    block = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)[0]
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    exec(block, names)
-    assert "model.layers.1.self_attn" in capsys.readouterr().out
-    assert names["plan"].longest == 192
-    assert SpanPlan.load("plan.json") == names["plan"]
-    assert Path("spans.png").stat().st_size > 10_000
 
 
 def test_plans_of_other_data_differ_in_their_hash() -> None:

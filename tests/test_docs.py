@@ -1,12 +1,18 @@
 """What the documentation lists is all there is."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-SOURCES = [p for folder in ("memopt", "passes", "kernels") for p in (ROOT / folder).glob("*.py")]
+import memopt
+from bench import comparison
+from bench.results import load
+from tests.pages import PAGES, ROOT
+
+SOURCES = [p for folder in ("memopt", "passes", "kernels") for p in (ROOT / folder).rglob("*.py")]
 NAMED = re.compile(r"arXiv:\d{4}\.\d{5}|doi:10\.\d+/[\w.()/-]*\w")
 
 
@@ -21,6 +27,33 @@ def test_every_paper_that_code_names_is_among_the_references(source: str) -> Non
     assert source in read("docs/references.md")
 
 
-@pytest.mark.parametrize("page", sorted(p.name for p in (ROOT / "docs").glob("*.md")))
+@pytest.mark.parametrize("page", [p.removeprefix("docs/") for p in PAGES if p.startswith("docs/")])
 def test_every_page_is_in_the_navigation(page: str) -> None:
-    assert f": {page}\n" in read("mkdocs.yml")
+    assert f" {page}\n" in read("mkdocs.yml")
+
+
+@pytest.mark.parametrize("name", sorted(set(memopt.__all__) - {"__version__"}))
+def test_every_public_name_is_in_the_reference(name: str) -> None:
+    module = getattr(memopt, name).__module__
+    places = {f"::: {place}.{name}" for place in (module, module.rpartition(".")[0])}
+    shown = [page for page in PAGES if places & {*read(page).splitlines()}]
+    assert len(shown) == 1
+
+
+def test_the_figures_of_the_comparison_are_those_of_the_results() -> None:
+    page, stems = (
+        read("docs/comparison.md"),
+        re.findall(r"^## (\w+)$", read("docs/results.md"), re.M),
+    )
+    files = [(stem, load(ROOT / "bench" / "results" / f"{stem}.json")) for stem in stems]
+    assert comparison.fill(page, files) == page, "run: python -m bench plot"
+
+
+@pytest.mark.slow
+def test_the_site_builds_strictly_and_shows_the_functions(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    for name in ("memopt.explaining.explain", "memopt.report.Report", "memopt.losses.contrastive"):
+        assert f'id="{name}"' in (tmp_path / "api.html").read_text(encoding="utf-8")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import memopt
-from memopt.asked import function_of, lengths_of, number_of, options_of
 from memopt.backend import PASSES, cache_key, read_options
+from memopt.cli.asked import function_of, lengths_of, number_of, options_of
 from memopt.config import Config
 from memopt.errors import ConfigError, MemoptError
 from tests.graphs import assert_same, lowered, seeded, square

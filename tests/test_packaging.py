@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import tarfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import memopt
 
@@ -23,8 +26,11 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-FOLDERS = {"memopt": "memopt", "memopt.passes": "passes", "memopt.kernels": "kernels"}
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+TOPS = {"memopt": "memopt", "memopt.passes": "passes", "memopt.kernels": "kernels"}
+FOLDERS = {name: TOPS.get(name, name.replace(".", "/")) for name in SETUPTOOLS["packages"]}
 
 
 def python(code: str) -> str:
@@ -35,10 +41,10 @@ def python(code: str) -> str:
 
 
 def test_every_folder_of_sources_is_a_listed_package() -> None:
-    found = {path.parent for folder in FOLDERS.values() for path in (ROOT / folder).rglob("*.py")}
-    assert {path.relative_to(ROOT).as_posix() for path in found} <= set(FOLDERS.values())
+    found = {path.parent for top in TOPS.values() for path in (ROOT / top).rglob("*.py")}
+    assert {path.relative_to(ROOT).as_posix() for path in found} == set(FOLDERS.values())
     assert SETUPTOOLS["packages"] == list(FOLDERS)
-    assert {"memopt": "memopt", **SETUPTOOLS["package-dir"]} == FOLDERS
+    assert {"memopt": "memopt", **SETUPTOOLS["package-dir"]} == TOPS
 
 
 @pytest.mark.parametrize("name", ["passes", "kernels"])
@@ -104,6 +110,37 @@ def test_the_installed_version_is_the_one_in_the_source() -> None:
     assert metadata.version("memopt") == memopt.__version__
 
 
+def test_the_changelog_begins_with_this_version() -> None:
+    (version, *_) = re.findall(r"^## (\S+), ", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
+    assert version == memopt.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc)\d+)?", version)
+
+
+def test_every_supported_python_is_listed_and_is_what_mypy_and_ruff_check_for() -> None:
+    project = PYPROJECT["project"]
+    listed = [c.removeprefix("Programming Language :: Python :: ") for c in project["classifiers"]]
+    assert [c for c in listed if c.startswith("3.")] == list(PYTHONS)
+    assert project["requires-python"] == f">={PYTHONS[0]}"
+    assert PYPROJECT["tool"]["mypy"]["python_version"] == PYTHONS[0]
+    assert PYPROJECT["tool"]["ruff"]["target-version"] == f"py{PYTHONS[0].replace('.', '')}"
+
+
+def test_every_source_parses_on_the_oldest_python() -> None:
+    folders = (*FOLDERS.values(), "bench", "tests", "docs/examples")
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        ast.parse(path.read_text("utf-8"), str(path), feature_version=(3, 10))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", PYTHONS[1:])
+def test_types_hold_on_every_newer_python(version: str, tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    command = [sys.executable, "-m", "mypy", "--python-version", version]
+    command += ["--cache-dir", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout
+
+
 def test_importing_memopt_takes_less_than_50_milliseconds() -> None:
     """Of the processor: what else runs beside it counts for nothing."""
     clock = "time.process_time()"
@@ -147,7 +184,7 @@ def build(folder: Path, source: Path, *kinds: str) -> None:
     """Build a copy of the sources, since a build leaves its traces where it runs."""
     tree = folder / "tree"
     if source == ROOT:
-        for name in FOLDERS.values():
+        for name in TOPS.values():
             shutil.copytree(source / name, tree / name, symlinks=True, ignore=CACHES)
         for name in ("pyproject.toml", "LICENSE", "README.md"):
             shutil.copy(source / name, tree)
@@ -181,8 +218,8 @@ def test_the_wheel_holds_every_file_once(built: Path) -> None:
     for package, folder in FOLDERS.items():
         for path in (ROOT / folder).glob("*.py"):
             assert f"{package.replace('.', '/')}/{path.name}" in names
-    data = [path.name for path in (ROOT / "memopt").iterdir() if path.is_file()]
-    assert {f"memopt/{name}" for name in data} <= set(names)
+    data = [p for folder in FOLDERS.values() for p in (ROOT / folder).iterdir() if p.is_file()]
+    assert {path.name for path in data} <= {Path(name).name for name in names}
 
 
 @pytest.mark.slow
@@ -221,3 +258,39 @@ def test_the_sdist_builds_the_same_wheel(built: Path, tmp_path: Path) -> None:
 def test_two_builds_give_the_same_bytes(built: Path, tmp_path: Path) -> None:
     build(tmp_path, ROOT, "--wheel")
     assert wheel_of(built).read_bytes() == wheel_of(tmp_path).read_bytes()
+
+
+USED = """
+import torch, memopt
+model = torch.compile(torch.nn.Linear(4, 4), backend="memopt", options={"lowering": "eager"})
+model(torch.ones(2, 4)).sum().backward()
+print(memopt.__file__)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["*.whl", "*.tar.gz"])
+def test_what_is_built_installs_into_a_fresh_environment(
+    built: Path, tmp_path: Path, kind: str
+) -> None:
+    """With the torch that is here, and nothing of this checkout."""
+    (package,) = built.glob(kind)
+    here = {**os.environ, "PYTHONPATH": ""}
+
+    def run(*command: Any) -> str:
+        done = subprocess.run(
+            command, cwd=tmp_path, env=here, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout.strip()
+
+    run(sys.executable, "-m", "venv", "fresh")
+    own = tmp_path / "fresh" / "bin"
+    purelib = run(own / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
+    outer = Path(str(torch.__file__)).parents[1]
+    (Path(purelib) / "outer.pth").write_text(f"{outer}\n")
+    options = ["--no-index", "--no-deps", "--no-build-isolation", "--ignore-installed"]
+    run(own / "python", "-m", "pip", "install", *options, package)
+    assert run(own / "python", "-c", USED).startswith(purelib)
+    assert "nothing to repair" in run(own / "memopt", "doctor")
+    assert (Path(purelib) / "memopt" / "py.typed").is_file()

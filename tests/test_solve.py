@@ -7,8 +7,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memopt.regions import Tables
-from memopt.solve import Choice, lowest_peak, solve_exact, solve_greedy
+from memopt.planner.regions import Tables
+from memopt.planner.solve import Choice, lowest_peak, solve_exact, solve_greedy
 
 MIB = 2**20
 GAP = 0.005  # the relative gap at which the mixed-integer solver may stop
@@ -36,6 +36,8 @@ def tables(draw: st.DrawFn) -> Tables:
         saved_bytes=-np.sort(-saved, axis=1),
         forward_bytes=saved + column(10) * MIB,
         backward_bytes=saved + column(20) * MIB,
+        others=draw(st.integers(0, 2)),
+        output_bytes=draw(st.integers(0, 3)) * MIB,
     )
 
 

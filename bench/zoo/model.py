@@ -2,11 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 Inputs = dict[str, Tensor]
 
@@ -72,12 +77,12 @@ class Model:
 class BlockModel(nn.Module):
     """A module made of blocks, each of which can run under a checkpoint."""
 
-    checkpointing = False
+    checkpointing: dict[str, Any] | None = None  # the options of `torch.utils.checkpoint`
 
     def run_block(self, block: nn.Module, *args: Tensor) -> Any:
         """Run one block, under `torch.utils.checkpoint` where that is switched on."""
-        if self.checkpointing:
-            return checkpoint(block, *args, use_reentrant=False)
+        if self.checkpointing is not None:
+            return checkpoint(block, *args, **self.checkpointing)
         return block(*args)
 
 
@@ -112,8 +117,32 @@ class FusedHead(nn.Module):
         return self.loss(rows, model.lm_head.weight, targets)
 
 
-def checkpoint_blocks(module: nn.Module) -> None:
+def save_some_products() -> Any:
+    """The contexts of a checkpoint that holds attention's results and every second product.
+
+    Source: the option "op" of torchtitan's selective checkpoints.
+    """
+    products = {"forward": count(1), "backward": count(1)}
+
+    def policy(context: Any, operator: Any, *args: Any, **options: Any) -> CheckpointPolicy:
+        name = getattr(operator, "__name__", str(operator))
+        if name.startswith("mm."):
+            number = next(products["backward" if context.is_recompute else "forward"])
+            saves = number % 2 == 1
+        else:
+            saves = "scaled_dot_product" in name
+        return CheckpointPolicy.MUST_SAVE if saves else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts: Any = create_selective_checkpoint_contexts
+    return contexts(policy)
+
+
+def checkpoint_blocks(module: nn.Module, *, selective: bool = False) -> None:
     """Switch on one checkpoint per block, in place.
+
+    Args:
+        module: of blocks.
+        selective: whether some results are held all the same; see `save_some_products`.
 
     Raises:
         ValueError: the module has no blocks to put under checkpoints.
@@ -121,10 +150,13 @@ def checkpoint_blocks(module: nn.Module) -> None:
     # transformers renamed the method in 5.23 and warns about the old name.
     new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
     enable = getattr(module, new, None) or getattr(module, old, None)
+    options: dict[str, Any] = {"use_reentrant": False}
+    if selective:
+        options["context_fn"] = save_some_products
     if enable is not None:
-        enable({"use_reentrant": False})
+        enable(options)
     elif isinstance(module, BlockModel):
-        module.checkpointing = True
+        module.checkpointing = options
     else:
         raise ValueError(f"{type(module).__name__} has no blocks to put under checkpoints")
 

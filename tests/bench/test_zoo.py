@@ -1,8 +1,11 @@
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.meter import Meter
 from bench.zoo import MODELS, LossOnly, checkpoint_blocks, loss_of, step
 from bench.zoo.decoders import LatentDecoder, decode_by_tiles
 from bench.zoo.decoding import StaticCacheAttention, static_cache
@@ -43,14 +46,35 @@ def test_float64_starts_from_the_same_model(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in TINY if "checkpoint" in MODELS[n].tags])
 def test_checkpoints_change_no_gradient(name: str) -> None:
     gradients = []
-    for checkpointed in (False, True):
+    ways: tuple[dict[str, bool] | None, ...] = None, {}, {"selective": True}
+    for options in ways:
         module, inputs = MODELS[name].make()
-        if checkpointed:
-            checkpoint_blocks(module)
+        if options is not None:
+            checkpoint_blocks(module, **options)
         torch.manual_seed(0)
         step(module, inputs)
         gradients.append([p.grad for p in module.parameters()])
-    torch.testing.assert_close(*gradients)
+    expected, *actual = gradients
+    for own in actual:
+        torch.testing.assert_close(own, expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_selective_checkpoints_hold_more_than_others_and_less_than_none(compiled: bool) -> None:
+    peaks = []
+    ways: tuple[dict[str, bool] | None, ...] = None, {"selective": True}, {}
+    for options in ways:
+        module, inputs = MODELS["llama"].make()
+        if options is not None:
+            checkpoint_blocks(module, **options)
+        model: Any = torch.compile(module, backend="aot_eager") if compiled else module
+        for _ in range(2):
+            module.zero_grad()
+            with Meter("cpu") as meter:
+                step(model, inputs)
+        peaks.append(meter.peak_bytes)
+    assert peaks == sorted(peaks, reverse=True)
+    assert len(set(peaks)) == 3
 
 
 def test_a_model_without_blocks_says_so() -> None:

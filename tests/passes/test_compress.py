@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import memopt
 from bench.zoo.language import LanguageModel
 from memopt.graph import OpKind, packet_name
+from memopt.memory.schedule import Schedule
 from memopt.passes.compress import Compress
-from memopt.problem import Problem
-from memopt.schedule import Schedule
+from memopt.planner.problem import Problem
 from tests.graphs import MASKED, OPERATORS, Program, lowered, problem_of, programs, savable
 from tests.test_liveness import UNSEEN_BYTES, measured_peak
 
@@ -73,6 +73,25 @@ def test_the_gradient_is_off_by_what_explain_says(bits: int, floats: bool, lower
     off = sum(float((a - b).square().sum()) for a, b in zip(mine, exact, strict=True))
     total = sum(float(b.square().sum()) for b in exact)
     assert (off / total) ** 0.5 == pytest.approx(report.gradient_error, rel=0.05)
+
+
+@pytest.mark.parametrize("how", ["an argument", "a closure"])
+def test_the_error_of_a_function_is_that_of_its_module(how: str) -> None:
+    """Parameters are found wherever the function has them from."""
+    torch.manual_seed(0)
+    model, x = Perceptron(), torch.randn(512, 256)
+    options: Any = {
+        "lowering": "eager",
+        "memory_budget": 0.7,
+        "passes": {Compress.name: {"least": 1024, "error": 1.0}},
+    }
+    expected = memopt.explain(model, x, options=options)
+    if how == "an argument":
+        report = memopt.explain(lambda m, x: m(x), model, x, options=options)
+    else:
+        report = memopt.explain(lambda x: model(x), x, options=options)
+    assert held(report) == held(expected) > 0
+    assert report.gradient_error == pytest.approx(expected.gradient_error)
 
 
 def test_fewer_bits_are_fewer_bytes() -> None:
