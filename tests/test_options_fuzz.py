@@ -53,13 +53,13 @@ def assert_read_or_refused(options: Any) -> None:
         assert isinstance(cache_key(config, 0, None), str)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(OPTIONS | VALUES)
 def test_any_options_are_read_or_refused(options: object) -> None:
     assert_read_or_refused(options)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.lists(PASS_OPTIONS, max_size=3).map(dict))
 def test_any_options_of_passes_are_read_or_refused(passes: Mapping[str, object]) -> None:
     assert_read_or_refused({"passes": passes})
@@ -137,7 +137,7 @@ def test_small_and_large_numbers_of_every_pass_give_eagers_gradients(
 
     x = square()
     expected = seeded(function, [x])
-    for value in (0, 3, 10**12):
+    for value in (0, 10**12):
         for option in OWN[name]:
             options: Any = {
                 "memory_budget": "min",
