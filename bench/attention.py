@@ -31,8 +31,8 @@ Row = dict[str, Any]
 _WORDS = """\
 `(1, 8, N, 64)`, float32, spans of `N / 16` (two heads), `N / 8` (three), `N / 4`, `N / 2` and `N`,
 and 64 sinks: the share of a causal mask's scores that are seen is the first line's. Median
-milliseconds of the forward and of forward and backward, peers in turn, and the most that either
-allocates beside its results, in MiB.
+milliseconds of the forward and of forward and backward, peers in turn, the most that either
+allocates beside its results, and what says which scores are seen and is kept between calls.
 """
 
 
@@ -81,23 +81,29 @@ def _peers(inputs: Sequence[Tensor], compiled: bool) -> Mapping[str, Attention]:
         "dense mask": dense,
     }
     if compiled:
-        peers["flex_attention"] = _flex(table, length)
+        peers["flex_attention"] = _Flex(table, length)
     return peers
 
 
-def _flex(table: Tensor, length: int) -> Attention:
-    def visible(_b: Tensor, head: Tensor, own: Tensor, key: Tensor) -> Tensor:
-        return (own >= key) & ((own - key < table[head]) | (key < SINKS))
+class _Flex:
+    """FlexAttention, with its blocks of scores for a table of spans."""
 
-    make = torch.compile(create_block_mask)
-    mask = make(visible, 1, HEADS, length, length, device=table.device.type)
-    call = torch.compile(flex_attention)
+    def __init__(self, table: Tensor, length: int) -> None:
+        def visible(_b: Tensor, head: Tensor, own: Tensor, key: Tensor) -> Tensor:
+            return (own >= key) & ((own - key < table[head]) | (key < SINKS))
 
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        result: Tensor = call(q, k, v, block_mask=mask)
+        make = torch.compile(create_block_mask)
+        self.mask = make(visible, 1, HEADS, length, length, device=table.device.type)
+        self.call = torch.compile(flex_attention)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        result: Tensor = self.call(q, k, v, block_mask=self.mask)
         return result
 
-    return attention
+    @property
+    def kept_bytes(self) -> int:
+        """Of the numbers of blocks, and which they are, by queries and by keys."""
+        return sum(x.nbytes for x in self.mask.as_tuple() if isinstance(x, Tensor))
 
 
 def _measure(
@@ -145,6 +151,7 @@ def _measure(
         yield {
             "kind": "attention", "case": CASE, "peer": peer, "length": length, "share": share,
             "seconds": times, "scratch_bytes": most, "status": "ok",
+            "kept_bytes": getattr(peers[peer], "kept_bytes", 0),
             "error": failed.get((peer, "both"), ""),
         }  # fmt: skip
 
@@ -169,8 +176,15 @@ def attention_section(rows: Iterable[Row]) -> str:
     for row in own:
         times = [row["seconds"].get(phase) for phase in ("forward", "both")]
         figures = [f"{1e3 * t:.0f}" if t is not None else "-" for t in times]
-        scratch = f"{row['scratch_bytes'] / 2**20:.1f}"
+        sizes = [f"{row[of] / 2**20:.1f}" for of in ("scratch_bytes", "kept_bytes")]
         about = [f"{row['peer']}, N = {row['length']}", f"{row['share']:.3f}"]
-        lines.append([*about, *figures, scratch])
-    columns = ("attention", "share seen", "forward ms", "forward + backward ms", "scratch MiB")
+        lines.append([*about, *figures, *sizes])
+    columns = (
+        "attention",
+        "share seen",
+        "forward ms",
+        "forward + backward ms",
+        "scratch MiB",
+        "kept MiB",
+    )
     return _WORDS + "\n" + markdown(columns, lines)

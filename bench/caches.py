@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.tables import markdown
-from memopt.storage_meter import storage_key
+from memopt.memory.meter import storage_key
 
 # transformers, and memopt.cache which imports it, take seconds to import: inside functions.
 

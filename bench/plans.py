@@ -24,9 +24,10 @@ from memopt.backend import read_options
 from memopt.cost import flops
 from memopt.graph import OpKind
 from memopt.outcome import Outcome
+from memopt.planner.problem import Candidate
 from memopt.planning import plan_with
-from memopt.problem import Candidate
-from memopt.splitting import Splitter, stock_saved_set
+from memopt.splitting import Splitter
+from memopt.stock import stock_saved_set
 
 CASE = "plans"
 DEVICE = "h100"

@@ -52,7 +52,7 @@ def launch(inputs: Sequence[Tensor], text: str, tiling: int = 0) -> list[Tensor]
 
     Args:
         inputs: its tensors, all of its sizes among theirs.
-        text: a module, as `memopt.row_source` writes it.
+        text: a module, as `memopt.rows.source` writes it.
         tiling: which of its configurations.
 
     Returns:

@@ -12,11 +12,11 @@ from torch import fx
 from memopt import diagnosis
 from memopt._torch import get_hash_for_files, list_mode_options
 from memopt._versions import __version__
-from memopt.certify import certify
 from memopt.config import Config
 from memopt.device import device_spec
-from memopt.ledger import LEDGER
 from memopt.lowering import Caches, lower_eagerly, lower_with_inductor
+from memopt.memory.certify import certify
+from memopt.memory.ledger import LEDGER
 from memopt.passes import CUT_MAPS, CUT_ROWS, FORMS, JOINT, POST_GRAD, PRE_GRAD
 from memopt.pipeline import Compiled, Named, PassContext, Pipeline, configure
 from memopt.proofs import Proof, recall, remember
@@ -181,7 +181,6 @@ def _granularity(split: Splitter) -> int:
 def _source_hash() -> str:
     """A hash of every source file that decides what is emitted."""
     folder = Path(__file__).parent
-    files = sorted(
-        str(p) for f in (folder, folder / "passes", folder / "kernels") for p in f.glob("*.py")
-    )
+    roots = folder, folder / "passes", folder / "kernels"  # the last two may be links
+    files = sorted({str(p.resolve()) for root in roots for p in root.rglob("*.py")})
     return str(get_hash_for_files(tuple(files)).hex())

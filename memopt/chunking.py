@@ -15,7 +15,7 @@ from memopt._torch import OpOverload, pytree, size_hint
 from memopt.joint import JointGraph
 from memopt.kernels import cut_table
 from memopt.kernels.blocks import default_chunk_rows
-from memopt.problem import Candidate
+from memopt.planner.problem import Candidate
 
 LEAST_ROWS = 16
 # On a CPU more rows than this were no faster, and slower where they no longer fit its caches.

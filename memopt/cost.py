@@ -14,7 +14,7 @@ from memopt._torch import OpOverload, disable_modes, pytree, size_hint
 from memopt.device import DeviceSpec
 from memopt.graph import OpKind, op_kind, packet_name, tensors
 from memopt.kernels.band_tiles import seen_scores
-from memopt.workspace import workspace_bytes
+from memopt.memory.workspace import workspace_bytes
 
 # Vector operations that cost this many times an addition, on a device without spare arithmetic.
 _SLOW_ELEMENTWISE = frozenset(
@@ -27,7 +27,7 @@ _SLOW_FACTOR = 4.0
 # one, 10 ns each where an exponential takes 0.4; a GPU draws them in all its lanes.
 _RANDOM_FACTOR = {"cpu": 75.0}
 _OTHER_RANDOM_FACTOR = 12.0
-# Copies run beside the step: see ``memopt.transfers``.
+# Copies run beside the step: see ``memopt.memory.transfers``.
 _BESIDE = frozenset({"memopt.to_host", "memopt.from_host"})
 _LIBRARY_EFFICIENCY = 0.7  # of the roofline, typical of large library calls
 # Attention reaches less of the peak; the CPU's least: softmax between two small matrix products.

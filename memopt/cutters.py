@@ -6,7 +6,7 @@ from typing import ClassVar, Protocol
 
 from torch import fx
 
-from memopt.liveness import Liveness
+from memopt.memory.liveness import Liveness
 
 Regions = Mapping[str, Collection[str]]
 """What is or can be cut, by the name of one of its nodes: the names of those that compute it."""

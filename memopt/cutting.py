@@ -12,7 +12,7 @@ from torch import fx
 
 from memopt._torch import NodeInfo, copy_graph
 from memopt.cutters import Cutter, Regions, Trial
-from memopt.liveness import Liveness
+from memopt.memory.liveness import Liveness
 from memopt.outcome import Outcome
 from memopt.pipeline import PassContext, configure
 from memopt.remarks import RemarkKind

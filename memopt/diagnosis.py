@@ -5,12 +5,12 @@ from typing import Any
 
 from memopt.errors import BudgetInfeasibleError
 from memopt.graph import source_line
+from memopt.memory.timeline import LiveRange, Timeline
 from memopt.outcome import Outcome
 from memopt.proofs import Proof
 from memopt.record import GraphRecord
 from memopt.remarks import RemarkKind
 from memopt.splitting import Splitter
-from memopt.timeline import LiveRange, Timeline
 from memopt.units import format_bytes
 
 _HOLDERS_SHOWN = 5

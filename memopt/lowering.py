@@ -21,6 +21,7 @@ from memopt._torch import (
     inductor_handlers,
     select_decomp_table,
 )
+from memopt.emit import shape_of
 from memopt.fusion import NearbyFusion
 from memopt.graph import aten
 from memopt.pipeline import Compiled
@@ -30,9 +31,13 @@ from memopt.splitting import Splitter
 # layers of a backward that holds a layer's largest buffers while nothing needs them.
 _HOLD_NOTHING_BACK = {"allow_buffer_reuse": False}
 # Copies of weights and images in the layout that convolutions prefer live through the whole step.
-# On the CPU they buy no time; on a GPU they do, and are left for the certificate to count. Where
-# nothing is trained, maps in that layout are the only ones.
+# On the CPU they buy time for few models, and cost some where channels are convolved each for
+# itself, with scratch of many times the weight; on a GPU they are left for the certificate to
+# count. Where nothing is trained, maps in that layout are the only ones.
 _COPY_NOTHING = {"layout_optimization": False}
+
+_CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
+_ARGUMENTS = "input", "weight", "bias", "stride", "padding", "dilation", "groups"
 
 Caches = Literal["all", "graphs", "none"]
 
@@ -107,10 +112,11 @@ def lower_with_inductor(
     """
     with contextlib.ExitStack() as stack:
         bounded = split.config.memory_budget.kind != "none"
+        if not _on_gpu(inputs) and _trains(inputs) and (bounded or _is_depthwise(gm)):
+            patches = {**_COPY_NOTHING, **patches}
         if bounded:
             stack.enter_context(inductor_handlers.set_choices_handler(NearbyFusion()))
-            layout = {} if _on_gpu(inputs) or not _trains(inputs) else _COPY_NOTHING
-            patches = {**_HOLD_NOTHING_BACK, **layout, **patches}
+            patches = {**_HOLD_NOTHING_BACK, **patches}
         if sink is not None:
             stack.enter_context(functorch_config.patch(force_non_lazy_backward_lowering=True))
             stack.enter_context(capture_output_code(sink))
@@ -155,6 +161,16 @@ def package_with_inductor(
             program, package_path=path, inductor_configs=dict(patches)
         )
     return str(written)
+
+
+def _is_depthwise(gm: fx.GraphModule) -> bool:
+    """Whether a convolution of a Dynamo graph has filters of one channel each, out of several."""
+    for node in gm.graph.nodes:
+        if node.target in _CONVOLUTIONS:
+            given = dict(zip(_ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
+            if given.get("groups", 1) > 1 and shape_of(given["weight"])[1] == 1:
+                return True
+    return False
 
 
 def _on_gpu(inputs: Sequence[Any]) -> bool:

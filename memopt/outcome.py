@@ -8,8 +8,8 @@ from memopt.errors import PlanError
 from memopt.graph import source_line, tensors
 from memopt.joint import JointGraph
 from memopt.plan import Plan, fingerprint
-from memopt.planner import Search
-from memopt.problem import Candidate, Problem
+from memopt.planner.problem import Candidate, Problem
+from memopt.planner.search import Search
 from memopt.record import DecisionRow
 
 

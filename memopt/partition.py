@@ -14,7 +14,7 @@ from memopt._torch import (
 from memopt.errors import PartitionError
 from memopt.joint import Encoding, JointGraph
 from memopt.kernels.host import ARRIVED, FROM_HOST, LEFT
-from memopt.schedule import Schedule
+from memopt.memory.schedule import Schedule
 
 
 def partition(

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from memopt._torch import cache_dir, inductor_config, write_atomic
-from memopt.certify import Certificate
-from memopt.liveness import Liveness
+from memopt.memory.certify import Certificate
+from memopt.memory.liveness import Liveness
+from memopt.memory.timeline import Timeline
 from memopt.splitting import Splitter
-from memopt.timeline import Timeline
 
 
 @dataclass(frozen=True)

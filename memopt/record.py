@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from memopt.memory.timeline import Timeline
 from memopt.plan import Plan
 from memopt.remarks import Remark
-from memopt.timeline import Timeline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

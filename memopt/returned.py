@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from memopt.lazy_logits import LazyLogits, Usage
+from memopt.lazy.logits import LazyLogits, Usage
 from memopt.pipeline import Compiled
 
 

@@ -12,14 +12,7 @@ from torch import fx
 
 from memopt._torch import (
     NodeInfo,
-    choose_saved_values_set,
     classify_nodes,
-    cleanup_recompute_tags,
-    force_save_bw_mutation_src,
-    force_save_collectives,
-    force_save_effectful_ops,
-    fx_graph_cse,
-    has_recomputable_ops,
     pytree,
     trace_structured,
 )
@@ -44,8 +37,9 @@ from memopt.passes.compress import Compress
 from memopt.passes.map_moves import write_in_place
 from memopt.passes.offload import Offload, OffloadToFiles
 from memopt.pipeline import PassContext, Pipeline, configure
-from memopt.planner import Search
-from memopt.problem import Candidate, Problem
+from memopt.planner.problem import Candidate, Problem
+from memopt.planner.search import Search
+from memopt.stock import stock_saved_set, tidied
 
 # Share of the budget that a first attempt leaves free: where loops merge in a way that the model
 # does not see, the emitted code was at most this much above it on most graphs, and trying again
@@ -100,7 +94,7 @@ class Splitter:
         **_: Any,
     ) -> Halves:
         """Split one joint graph; the signature is torch's for a ``partition_fn``."""
-        gm = _tidy(gm)
+        gm = tidied(gm)
         Pipeline("joint", JOINT).run(gm, self.ctx)
         static = [*(static_lifetime_input_indices or ())]
         draft = self._draft(Traced(gm, static, num_fwd_outputs, CUT_ROWS))
@@ -287,36 +281,3 @@ def device_of(nodes: Iterable[fx.Node], config: Config) -> DeviceSpec:
             if tensor.device.type != "cpu":
                 return DEVICES["a100"]
     return DEVICES["cpu"]
-
-
-def _tidy(gm: fx.GraphModule) -> fx.GraphModule:
-    """What torch's own partitioner does first: dead code, common subexpressions, forced saves."""
-    gm.graph.eliminate_dead_code()
-    gm.graph = fx_graph_cse(gm.graph)
-    if has_recomputable_ops(gm):
-        gm = cleanup_recompute_tags(gm, is_default_partition=False)
-    force_save_collectives(gm)
-    force_save_effectful_ops(gm)
-    force_save_bw_mutation_src(gm)
-    gm.recompile()
-    return gm
-
-
-def stock_saved_set(gm: fx.GraphModule, info: NodeInfo, share: float = 1) -> set[str]:
-    """The saved set of torch's min-cut partitioner: what Inductor would do.
-
-    Args:
-        gm: the joint graph.
-        info: torch's classification of its nodes.
-        share: torch's ``activation_memory_budget``; 1 is its default, with no budget.
-    """
-    if not info.required_bw_nodes:
-        return set()
-    far = int(1e9)
-    for node in reversed(gm.graph.nodes):
-        if node.op != "output" and not info.is_required_fw(node):
-            node.dist_from_bw = 0
-        else:
-            users = [] if node.op == "output" else [u.dist_from_bw + 1 for u in node.users]
-            node.dist_from_bw = min([far, *users])
-    return {n.name for n in choose_saved_values_set(gm.graph, info, memory_budget=share)}

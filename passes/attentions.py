@@ -15,7 +15,7 @@ from memopt.passes.heads import loosely, overwriter, transformed
 from memopt.passes.steps import name_of
 
 ATTEND = F.scaled_dot_product_attention
-HEADS = 1  # the dimension
+HEADS, TOKENS = 1, 2  # the dimensions
 _FLASH_WIDTH = 256  # heads that flash kernels take
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _DEFAULTS = {

@@ -17,31 +17,28 @@ arXiv:2110.15352. That results take the rows of what they are computed from is m
 """
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
-import networkx
 import torch
 from torch import fx
 
 from memopt._torch import disable_modes
 from memopt.cutters import Regions, Trial
-from memopt.graph import aten, is_collective, is_mutating, is_random, is_view
+from memopt.graph import aten, is_view
 from memopt.kernels.map_rows import KEEP
 from memopt.passes.joint_nodes import call
 from memopt.passes.map_levels import assign_levels, waist
 from memopt.passes.map_moves import take
-from memopt.passes.map_reads import Read, Rows, Rule, bytes_of, narrowed, rows_in, source_of
+from memopt.passes.map_reads import Read, Rows, narrowed, rows_in, source_of
+from memopt.passes.map_regions import Region, regions_of, reorder, rules_of
 from memopt.passes.map_room import Room, channels_last
-from memopt.passes.map_rules import rule_of
 
 _WIDE = 0.25  # of the widest value that is cut: no region with one stays whole
 _LEAST = 2  # pieces of a region that is cut
 _MOST_NODES = 8192  # of all regions: what takes minutes to compile
 _NEAR = 0.9  # of the peak: what comes this near is lowered with it
-_DIMENSIONS = (0, 2, 3, 4)  # images of a batch first, then rows, then columns
 
 
 @dataclass(frozen=True)
@@ -85,11 +82,11 @@ class CutMaps:
         Returns:
             Every region, cut or not, by its first node.
         """
-        rules = _rules(graph, self.most)
+        rules = rules_of(graph, self.most)
         whole: set[fx.Node] = set()
         while True:
             level = assign_levels(graph, rules, whole)
-            regions = _regions(rules, level)
+            regions = regions_of(rules, level)
             waists = [waist(region.rules) for region in regions]
             if not any(waists):
                 break
@@ -99,7 +96,7 @@ class CutMaps:
         if not widest:
             return found
         regions = [region for region in regions if region.nbytes >= _WIDE * widest]
-        _reorder(graph, regions, level)
+        reorder(graph, regions, level)
         cut = {node for region in regions for node in region.rules}
         room = Room(level, whole, cut)
         for region in regions:
@@ -112,125 +109,6 @@ class CutMaps:
             graph.erase_node(node)
         graph.lint()
         return found
-
-
-def _rules(graph: fx.Graph, pieces: int) -> dict[fx.Node, Rule]:
-    """What can be computed by rows, along the first dimension of those that have the most of them.
-
-    Nothing, where the order of the graph is more than that of its values.
-
-    Args:
-        graph: a graph.
-        pieces: more rows than it takes for so many count for nothing.
-    """
-    if any(is_mutating(n) or is_random(n) or is_collective(n) for n in graph.nodes):
-        return {}
-    return max(
-        (_rules_along(graph, along) for along in _DIMENSIONS),
-        key=lambda rules: min(pieces, _most_pieces(rules)),
-    )
-
-
-def _rules_along(graph: fx.Graph, along: int) -> dict[fx.Node, Rule]:
-    rules: dict[fx.Node, Rule] = {}
-    dims: dict[fx.Node, int] = {}
-    read_along: dict[fx.Node, int] = {}
-    for node in graph.nodes:
-        rule = rule_of(node, dims, along)
-        if rule is None or _most_pieces({node: rule}) < 2:
-            continue
-        if all(read_along.get(r.source, r.dim) == r.dim for r in rule.reads):
-            rules[node], dims[node] = rule, rule.dim
-            read_along.update((r.source, r.dim) for r in rule.reads)
-    return rules
-
-
-def _most_pieces(rules: Mapping[fx.Node, Rule]) -> int:
-    """Into how many pieces the value with the most rows can be cut: of rows of maps, two each."""
-    counts = [rows_in(node, rule.dim) // (2 if rule.dim else 1) for node, rule in rules.items()]
-    return 1 << max([1, *counts]).bit_length() - 1
-
-
-@dataclass(frozen=True, eq=False)
-class _Region:
-    """Nodes that are computed by rows together.
-
-    Attributes:
-        rules: how, in the order of the graph.
-    """
-
-    rules: Mapping[fx.Node, Rule]
-
-    @cached_property
-    def inputs(self) -> dict[fx.Node, int]:
-        """What it reads by rows from outside, and the dimension of the rows."""
-        reads = [read for rule in self.rules.values() for read in rule.reads]
-        return {r.source: r.dim for r in reads if r.source not in self.rules}
-
-    @cached_property
-    def returned(self) -> list[fx.Node]:
-        """What something outside reads."""
-        return [n for n in self.rules if any(user not in self.rules for user in n.users)]
-
-    @cached_property
-    def outputs(self) -> list[fx.Node]:
-        """What has to exist for that: of a view what it is a view of."""
-        bases = map(self.base, self.returned)
-        return [node for node in dict.fromkeys(bases) if node in self.rules]
-
-    def base(self, node: fx.Node) -> fx.Node:
-        """What a node is a view of."""
-        while node in self.rules and is_view(node) and node.target is not operator.getitem:
-            node = self.rules[node].reads[0].source
-        return node
-
-    @property
-    def name(self) -> str:
-        """Of the first node."""
-        return next(iter(self.rules)).name
-
-    @cached_property
-    def nbytes(self) -> int:
-        """Of its widest value."""
-        return max(map(bytes_of, [*self.rules, *self.inputs]))
-
-    def pieces(self, asked: Mapping[str, int]) -> int:
-        """Into how many it is to be cut; 0 where none are asked for."""
-        return min(_most_pieces(self.rules), max(asked.get(n.name, 0) for n in self.rules))
-
-
-def _regions(rules: Mapping[fx.Node, Rule], level: Mapping[fx.Node, int]) -> list[_Region]:
-    """Nodes of a level that read the same values by rows, in the order of levels."""
-    bonds: networkx.Graph = networkx.Graph()
-    for node, rule in rules.items():
-        bonds.add_node((node, level[node]))
-        bonds.add_edges_from(
-            ((node, level[node]), (read.source, level[node])) for read in rule.reads
-        )
-    regions = []
-    for bond in networkx.connected_components(bonds):
-        own = {node: rule for node, rule in rules.items() if (node, level[node]) in bond}
-        regions.append(_Region(own))
-    return sorted(regions, key=lambda region: level[next(iter(region.rules))])
-
-
-def _reorder(graph: fx.Graph, regions: Sequence[_Region], level: Mapping[fx.Node, int]) -> None:
-    """Put what is computed by rows of a level together, before what is not."""
-    place = {node: i for i, region in enumerate(regions) for node in region.rules}
-    (output,) = graph.find_nodes(op="output")
-    inner = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
-    early: dict[fx.Node, int] = {}
-    for node in reversed(inner):  # what depends on no map comes as late as it can
-        if level[node] < 0:
-            early[node] = min((early.get(u, level.get(u, 0)) for u in node.users), default=0)
-
-    def key(node: fx.Node) -> tuple[int, int, int]:
-        if node in early:
-            return early[node], 0, 0
-        return (level[node], 1, place[node]) if node in place else (level[node], 2, 0)
-
-    for node in sorted(inner, key=key):
-        output.prepend(node)
 
 
 @dataclass(frozen=True)
@@ -258,7 +136,7 @@ class _Cut:
         room: where results go.
     """
 
-    def __init__(self, graph: fx.Graph, region: _Region, pieces: int, room: Room) -> None:
+    def __init__(self, graph: fx.Graph, region: Region, pieces: int, room: Room) -> None:
         self.graph, self.region, self.room = graph, region, room
         self.dims = {**region.inputs, **{n: rule.dim for n, rule in region.rules.items()}}
         self.readers: dict[fx.Node, list[tuple[fx.Node, Read]]] = {n: [] for n in self.dims}

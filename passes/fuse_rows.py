@@ -29,9 +29,9 @@ from memopt.graph import tensors
 from memopt.kernels.serving import serves
 from memopt.pipeline import PassContext
 from memopt.remarks import RemarkKind
-from memopt.row_choice import PACKED, Choice, choose, may_be_faster
-from memopt.row_lowering import lower_rows, replace_regions
-from memopt.row_select import FusedRows, choose_regions
+from memopt.rows.choice import PACKED, Choice, choose, may_be_faster
+from memopt.rows.lowering import lower_rows, replace_regions
+from memopt.rows.select import FusedRows, choose_regions
 
 
 @dataclass(frozen=True)

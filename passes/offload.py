@@ -7,8 +7,8 @@ Pays: all bytes of a value on the device, for the time that the link lacks. Does
 which has one memory; ``simulate`` makes the same plans and graphs there, and lays the copies
 outside of what is counted. Files are what they are on any machine. Exact.
 
-Sources: vDNN (Rhu et al. 2016), arXiv:1602.08124, and see `memopt.transfers`; to files, SSDTrain
-(Wu et al. 2024), arXiv:2408.10013.
+Sources: vDNN (Rhu et al. 2016), arXiv:1602.08124, and see `memopt.memory.transfers`; to files,
+SSDTrain (Wu et al. 2024), arXiv:2408.10013.
 """
 
 import operator
@@ -23,8 +23,8 @@ from memopt.device import DeviceSpec
 from memopt.errors import ConfigError
 from memopt.graph import OpKind, is_view, op_kind
 from memopt.kernels.host import FROM_HOST, TO_HOST
+from memopt.memory.transfers import Link
 from memopt.passes.joint_nodes import call
-from memopt.transfers import Link
 
 _DISK = 2e9  # bytes per second that a solid-state disk takes for long
 

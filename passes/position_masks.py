@@ -1,4 +1,4 @@
-"""Whether a mask made of positions is causal at every length, where lengths are symbols.
+"""What masks that are made of positions show, at every length, where lengths are symbols.
 
 Libraries make such masks from ``arange``, by comparing positions. Each value on the way is known
 as a formula of its own coordinates: whole numbers as ``c0 i0 + c1 i1 + ... + c``, and what
@@ -17,10 +17,13 @@ import torch
 from torch import fx
 
 from memopt.emit import shape_of, traced
-from memopt.passes.heads import loosely, overwriter, transformed
+from memopt.passes.heads import loosely
 from memopt.passes.steps import name_of
 
 _NEWAXIS, _WHOLE = None, slice(None)
+# Functions that give a mask of what two masks show, and those that keep what one shows.
+JOINING = "and_", "__and__", "logical_and", "bitwise_and"
+KEEPING = "to", "expand", "contiguous", "clone"
 
 
 @dataclass(frozen=True)
@@ -43,26 +46,13 @@ class Formula:
         return self.is_bound and not any(self.slopes) and self.constant <= 0
 
 
-def is_causal(mask: fx.Node, attention: fx.Node) -> bool:
-    """Whether a mask `(..., N, N)` shows each query the keys up to its own, whatever ``N`` is.
+def formula_of(node: Any, known: dict[fx.Node, Formula | None]) -> Formula | None:
+    """The formula of a node's entries, or of a number; None where it is not known.
 
     Args:
-        mask: of booleans.
-        attention: the node that reads it.
+        node: whole numbers or booleans.
+        known: of other nodes; what is found out is added.
     """
-    known: dict[fx.Node, Formula | None] = {}
-    formula = _formula(mask, known)
-    if formula is None or not formula.is_bound or len(formula.slopes) < 2:
-        return False
-    if formula.slopes[-2:] != (-1, 1) or any(formula.slopes[:-2]) or formula.constant:
-        return False
-    first = min(known)
-    writer = overwriter(known, first, attention, besides=known)  # ``and_`` writes to nothing
-    return writer is None and not transformed(first, attention)
-
-
-def _formula(node: Any, known: dict[fx.Node, Formula | None]) -> Formula | None:
-    """The formula of a node's entries, or of a number; None where it is not known."""
     if isinstance(node, int):
         return Formula((), int(node))
     if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
@@ -71,7 +61,7 @@ def _formula(node: Any, known: dict[fx.Node, Formula | None]) -> Formula | None:
         known[node] = None
         rule = _RULES.get(name_of(node))
         found = (
-            rule(node, lambda value: _formula(value, known)) if rule and _counts(node) else None
+            rule(node, lambda value: formula_of(value, known)) if rule and _counts(node) else None
         )
         known[node] = found and _fitted(found, node)
     return known[node]
@@ -257,14 +247,8 @@ _RULES: Mapping[str, Rule] = {
     "gt": _compared(-1, 1),
     "eq": _equal(same=True),
     "ne": _equal(same=False),
-    "and_": _both,
-    "__and__": _both,
-    "logical_and": _both,
-    "bitwise_and": _both,
-    "to": _same,
-    "expand": _same,
-    "contiguous": _same,
-    "clone": _same,
+    **dict.fromkeys(JOINING, _both),
+    **dict.fromkeys(KEEPING, _same),
     "unsqueeze": _unsqueeze,
     operator.getitem.__name__: _item,
     "diff": _difference,

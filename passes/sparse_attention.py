@@ -2,7 +2,7 @@
 
 (1) A call is rewritten where it is causal self-attention: told so, as after ``prove_causal``, by
     a mask of positions whose lengths are symbols, or of one query over keys that end in its own,
-    as with a cache that grows.
+    as with a cache that grows. The mask may hide padding besides.
 (2) The plan knows a call by the module that makes it. A call that it does not know, or with
     other heads, is of another model, which is an error.
 (3) Lengths that the plan was not made for run in full, with a warning.
@@ -16,7 +16,6 @@ Sources: MoA (Fu et al. 2024), arXiv:2406.14909, for the spans; StreamingLLM (Xi
 arXiv:2309.17453, for the sinks.
 """
 
-import operator
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -26,21 +25,18 @@ from typing import Any, ClassVar
 from torch import fx
 
 from memopt._torch import size_hint
-from memopt.emit import emit, extent, same_shape, shape_of
+from memopt.attention.layers import LayerSpans, signature, visible
+from memopt.attention.plan import SpanPlan
+from memopt.emit import shape_of
 from memopt.errors import ConfigError, PlanError
 from memopt.graph import source_line
-from memopt.kernels.banded_attention import ATTENTION, WIDEST
-from memopt.passes.attentions import ATTEND, HEADS, Attention
+from memopt.passes.attentions import ATTEND, HEADS, TOKENS, Attention
 from memopt.passes.modules import module_paths, path_of
-from memopt.passes.position_masks import is_causal
-from memopt.passes.steps import name_of
+from memopt.passes.spanned_calls import banded, padding_of, reason_against, scale_of
 from memopt.pipeline import PassContext
 from memopt.remarks import RemarkKind
-from memopt.span_layers import LayerSpans, signature, visible
-from memopt.span_plan import SpanPlan
-from memopt.span_rules import FULL, Rule
 
-_TOKENS = 2
+_OF_PADDING = "; results at tokens that the mask hides mean nothing"
 _WIDENED = 128  # keys that a kernel reads for a query besides its span: blocks of rows share them
 # From how many keys on, and below which share of the products of full attention, spans save time:
 # measured on the CPU; a GPU starts as many kernels. One query is bound by starting them.
@@ -99,16 +95,18 @@ class SparseAttention:
         for node in graph.find_nodes(op="call_function", target=ATTEND):
             attention, paths = Attention.of(node), module_paths(node)
             index, calls[paths[0]] = calls[paths[0]], calls[paths[0]] + 1
-            reason = _reason_against(attention)
+            reason, padding = reason_against(attention), padding_of(attention)
             if not reason:
                 layer = self._layer(known, attention, paths, index)
                 reason = self._reason_for_all(attention, layer, unknown_lengths)
             if not reason:
                 with graph.inserting_before(node):
-                    node.replace_all_uses_with(_banded(graph, attention, layer, self.plan.sinks))
+                    node.replace_all_uses_with(banded(graph, attention, layer, self.plan.sinks))
                 graph.erase_node(node)
                 rewrites += 1
-            text = f"it attends in full: {reason}" if reason else _loss(layer, self.plan)
+            text = f"it attends in full: {reason}"
+            if not reason:
+                text = _loss(layer, self.plan) + (_OF_PADDING if padding else "")
             kind = RemarkKind.MISSED if reason else RemarkKind.APPLIED
             ctx.remark(self.name, kind, text, node.name, source_line(node))
         for text in unknown_lengths:
@@ -129,7 +127,7 @@ class SparseAttention:
         if layer is None:
             raise PlanError(f"the plan of pass {self.name!r} does not know {where}; {again}")
         query: Any = shape_of(attention.arguments["query"])
-        seen = signature(query[HEADS], query[3], _scale(attention))
+        seen = signature(query[HEADS], query[3], scale_of(attention))
         heads = shape_of(attention.key)[HEADS]
         if seen != layer.signature or heads % layer.heads:
             raise PlanError(
@@ -146,7 +144,7 @@ class SparseAttention:
             return "it was not causal self-attention where the plan was made"
         if layer.is_full():
             return "the plan says so"
-        n = shape_of(attention.key)[_TOKENS]
+        n = shape_of(attention.key)[TOKENS]
         # Comparing a size that is a symbol guards it: other lengths are compiled anew. (3)
         if n < self.plan.shortest or n > self.plan.longest:
             text = (
@@ -159,8 +157,8 @@ class SparseAttention:
 
     def _reason_to_save_none(self, attention: Attention, layer: LayerSpans) -> str:
         """Why spans would save no time, or ``""``: (4)."""
-        n, sinks = shape_of(attention.key)[_TOKENS], self.plan.sinks
-        length, is_one = size_hint(n), shape_of(attention.arguments["query"])[_TOKENS] == 1
+        n, sinks = shape_of(attention.key)[TOKENS], self.plan.sinks
+        length, is_one = size_hint(n), shape_of(attention.arguments["query"])[TOKENS] == 1
         least, most = _ONE_QUERY if is_one else _PREFILL
         if n < least:  # of a symbol, a guard as well
             return f"of fewer than {least} keys it is as fast"
@@ -178,88 +176,6 @@ def _known(plan: SpanPlan) -> Known:
     """The plan's layers, by path and by which of their module's calls they are."""
     split = [(layer.name.partition("#"), layer) for layer in plan.layers]
     return {(path_of(name), int(index or 0)): layer for (name, _, index), layer in split}
-
-
-def _reason_against(attention: Attention) -> str:
-    """Why a call is not known to be causal self-attention, or ``""``: (1)."""
-    arguments = attention.arguments
-    query, value = arguments["query"], attention.value
-    if len(shape_of(query)) != 4 or not isinstance(shape_of(query)[HEADS], int):
-        return "its queries are not of four dimensions"
-    if arguments["dropout_p"] != 0.0:
-        return "some of it may be dropped at random"
-    if not isinstance(arguments["scale"], int | float | None):
-        return "its scale is not a number"
-    mask = arguments["attn_mask"]
-    if mask is not None and not (isinstance(mask, fx.Node) and is_causal(mask, attention.node)):
-        return "its mask is not known to be causal"
-    if max(shape_of(query)[3], shape_of(value)[3]) > WIDEST:
-        return f"its heads have more than {WIDEST} entries"
-    if reason := attention.reason_to_repeat():
-        return reason
-    lengths = [shape_of(n)[_TOKENS : _TOKENS + 1] for n in (query, attention.key, value)]
-    if arguments["is_causal"] or mask is not None:
-        return "" if same_shape(lengths[0], lengths[1]) else "it has fewer queries than keys"
-    if lengths[0] == (1,) and _ends_in_new(attention.key) and _ends_in_new(value):
-        return ""
-    return "it is not causal"
-
-
-def _ends_in_new(node: fx.Node) -> bool:
-    """Whether keys or values are those of a cache with one new token behind them."""
-    if name_of(node) not in ("cat", "concat", "concatenate"):
-        return False
-    given: Any = dict(zip(("tensors", "dim"), node.args, strict=False)) | dict(node.kwargs)
-    parts: Any = given.get("tensors") or ()
-    if given.get("dim", 0) not in (_TOKENS, _TOKENS - 4) or len(parts) < 2:
-        return False
-    return shape_of(parts[-1])[_TOKENS : _TOKENS + 1] == (1,)
-
-
-def _scale(attention: Attention) -> float:
-    scale = attention.arguments["scale"]
-    width: Any = shape_of(attention.arguments["query"])[-1]
-    return float(scale if scale is not None else width**-0.5)
-
-
-def _banded(graph: fx.Graph, attention: Attention, layer: LayerSpans, sinks: int) -> fx.Node:
-    """The call with spans; the graph is positioned before it."""
-    node = attention.node
-    heads, n = shape_of(attention.key)[HEADS], shape_of(attention.key)[_TOKENS]
-    spans: dict[Rule, Any] = dict.fromkeys(layer.rules, 0)
-    for rule in spans:
-        if rule == FULL or (isinstance(n, int) and rule.span(n) >= n):
-            continue
-        size = extent(graph, attention.key, _TOKENS)
-        span = rule.span(size if isinstance(size, int) else _Size(graph, size))
-        spans[rule] = span.node if isinstance(span, _Size) else span
-    each = heads // layer.heads
-    table = [spans[rule] for rule in layer.rules for _ in range(each)]
-    inputs = (attention.arguments["query"], attention.key, attention.value)
-    arguments = (*inputs, table, [sinks] * heads, _scale(attention))
-    mixed = emit(graph, ATTENTION, arguments, like=node)
-    return emit(graph, operator.getitem, (mixed, 0), like=node)
-
-
-class _Size:
-    """A symbolic size, whose arithmetic makes nodes."""
-
-    def __init__(self, graph: fx.Graph, node: fx.Node) -> None:
-        self.graph, self.node = graph, node
-
-    def __add__(self, other: int) -> "_Size":
-        return self._made(operator.add, other)
-
-    def __mul__(self, other: int) -> "_Size":
-        return self._made(operator.mul, other)
-
-    def __floordiv__(self, other: int) -> "_Size":
-        return self._made(operator.floordiv, other)
-
-    __radd__, __rmul__ = __add__, __mul__
-
-    def _made(self, function: Any, other: int) -> "_Size":
-        return _Size(self.graph, emit(self.graph, function, (self.node, other), like=self.node))
 
 
 def _loss(layer: LayerSpans, plan: SpanPlan) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from memopt.cache import HeadLayer
-from memopt.cache_layer import Pending
+from memopt.cache.layer import Pending
 
 Tensor = torch.Tensor
 SCALE = 0.3

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+from memopt.memory.timeline import LiveRange, Step, Timeline
 from memopt.record import DecisionRow, GraphRecord
 from memopt.remarks import Remark, RemarkKind
-from memopt.timeline import LiveRange, Step, Timeline
 
 MIB = 2**20
 # (name, operator, MiB of the output, line, seconds to make it again)

@@ -15,10 +15,10 @@ from torch import nn
 
 from memopt.backend import read_options
 from memopt.lowering import lower_eagerly
+from memopt.memory.schedule import Schedule
 from memopt.outcome import Outcome
 from memopt.pipeline import PassContext
-from memopt.problem import Problem
-from memopt.schedule import Schedule
+from memopt.planner.problem import Problem
 from memopt.splitting import Splitter
 
 Tensor = torch.Tensor

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from memopt._torch import pytree
-from memopt.lazy_logits import LazyLogits
+from memopt.lazy.logits import LazyLogits
 
 B, S, H, V = 2, 5, 4, 7
 Inputs = list[torch.Tensor]

@@ -11,8 +11,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from memopt.device import DEVICES, DeviceSpec
 from memopt.kernels.region import REGION
-from memopt.row_lowering import LoweredRows, lower_rows
-from memopt.row_select import choose_regions
+from memopt.rows.lowering import LoweredRows, lower_rows
+from memopt.rows.select import choose_regions
 
 prims = torch.ops.prims
 DROPPED = 0.25

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from memopt.attention import Elastic, LayerSpans, LengthLoss, SpanPlan
-from memopt.span_rules import Rule
+from memopt.attention.rules import Rule
 
 OPTIONS: dict[str, Any] = {"lowering": "eager", "strict": True}
 SHORT, HALF = Elastic(8, 0), Elastic(4, 4)

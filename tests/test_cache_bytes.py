@@ -9,7 +9,7 @@ import transformers as hf
 from memopt import cache as caches
 from memopt._torch import TorchDispatchMode, pytree
 from memopt.cache import FullStore, HeadCache, HeadLayer, QuantizedStore, Stage
-from memopt.storage_meter import StorageMeter, storage_key
+from memopt.memory.meter import StorageMeter, storage_key
 from tests.cache_steps import SCALE, Tokens, fed
 
 TOKENS, HEADS, WIDTH, LAYERS = 131072, 8, 128, 32

@@ -106,6 +106,15 @@ def test_inductor_compiles_the_steps(kind: str, padding: tuple[int, int]) -> Non
             torch.testing.assert_close(step(**inputs, cache=other).logits, expected)
 
 
+def test_a_compiled_step_with_gradients_is_refused() -> None:
+    model = caches.prepare(tiny(layers=1))
+    cache = KINDS["spans"](model.config)
+    ids = prompts(14, padding=(0, 0))["input_ids"]
+    step: Any = torch.compile(model, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="call it under torch"):
+        step(ids, cache=cache)
+
+
 def test_a_compiled_prompt_is_refused_where_its_codes_cannot_be_made() -> None:
     model = caches.prepare(tiny(layers=1))
     cache = KINDS["quantized"](model.config)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from memopt import cache as caches
 from memopt.cache import EvictingCache, HeadLayer, KeptStore, pyramid
-from memopt.cache_evicting import NEAR
+from memopt.cache.evicting import NEAR
 from memopt.errors import ConfigError
 from tests.cache_models import HEADS, LAYERS, by_transformers, generated, prompts, tiny
 from tests.cache_steps import SCALE, Tokens, causal_mask, dense, fed

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from memopt import cache as caches
 from memopt.cache import HeadLayer, QuantizedCache, QuantizedStore
-from memopt.cache_codes import decode, encode
+from memopt.cache.codes import decode, encode
 from memopt.errors import ConfigError
 from tests.cache_models import by_transformers, generated, prompts, tiny
 from tests.cache_steps import Tokens, causal_mask, dense, fed

@@ -98,7 +98,7 @@ def test_a_mask_of_more_rows_than_exist_at_once_is_no_different(
 ) -> None:
     tokens = Tokens.drawn(36, 4, padding=(5, 0))
     whole = fed(layer(), tokens, [30, 6])
-    monkeypatch.setattr("memopt.cache_rows.ROWS", 7)
+    monkeypatch.setattr("memopt.cache.rows.ROWS", 7)
     assert_equal_in_float64([fed(layer(), tokens, [30, 6])], [whole])
 
 

@@ -14,8 +14,8 @@ from bench import retrieval
 from bench.zoo import MODELS
 from memopt import progress
 from memopt.attention import SpanPlan, calibrate
-from memopt.attention_profile import profiled
-from memopt.calibration_runs import loss_of
+from memopt.attention.profile import profiled
+from memopt.attention.runs import loss_of
 from memopt.errors import ConfigError, LossGuardError, PlanError
 from tests.span_models import compiled, masked
 

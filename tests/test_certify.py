@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from bench.meter import Meter
-from memopt.certify import Certificate, certify
 from memopt.config import Config
 from memopt.lowering import lower_with_inductor
+from memopt.memory.certify import Certificate, certify
 from memopt.pipeline import PassContext
 from memopt.splitting import Splitter
 

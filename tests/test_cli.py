@@ -16,8 +16,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from memopt import benching
-from memopt.cli import main
+from memopt.cli import benching, main
 from memopt.progress import working
 from tests.test_packaging import ROOT, python
 
@@ -194,7 +193,7 @@ def test_bench_outside_a_checkout_says_so(
     tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(benching, "__file__", str(tmp_path / "memopt" / "benching.py"))
+    monkeypatch.setattr(benching, "__file__", str(tmp_path / "memopt" / "cli" / "benching.py"))
     assert main(["bench"]) == 1
     assert "run it from the root of one" in capsys.readouterr().err
 

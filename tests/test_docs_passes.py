@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from memopt.backend import PASSES
-from memopt.doctor import reason_off
+from memopt.cli.doctor import reason_off
 from memopt.passes import CUT_MAPS, CUT_ROWS, FORMS, JOINT, POST_GRAD, PRE_GRAD
 from memopt.report import Report
 from tests.pages import ROOT, blocks_of, eager_lowering, run_python
@@ -28,7 +28,7 @@ FOLDER = ROOT / "docs" / "passes"
 SOURCES = "".join(
     " ".join(path.read_text(encoding="utf-8").split())
     for folder in ("passes", "memopt")
-    for path in sorted((ROOT / folder).glob("*.py"))
+    for path in sorted((ROOT / folder).rglob("*.py"))
 )
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import memopt
-from memopt import _versions, doctor
-from memopt.cli import main
-from memopt.findings import Finding, without_torch
+from memopt import _versions
+from memopt.cli import doctor, main
+from memopt.cli.findings import Finding, without_torch
 from memopt.passes import PRE_GRAD
 
 ROOT = Path(__file__).parents[1]

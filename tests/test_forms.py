@@ -17,10 +17,10 @@ from memopt.device import DEVICES
 from memopt.joint import JointGraph
 from memopt.kernels.files import files_in
 from memopt.kernels.host import ARENA
+from memopt.memory.schedule import make_schedule
 from memopt.partition import partition
-from memopt.planner import Search
-from memopt.problem import Candidate, Problem
-from memopt.schedule import make_schedule
+from memopt.planner.problem import Candidate, Problem
+from memopt.planner.search import Search
 from tests.graphs import (
     MASKED,
     OPERATORS,

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from bench.meter import Meter
-from memopt import influence
-from memopt.influence import pooled, shares
+from memopt.attention import influence
+from memopt.attention.influence import pooled, shares
 
 HEADS, GROUP, LENGTH, WIDTH = 2, 2, 13, 8
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from memopt.lazy_logits import LazyLogits
+from memopt.lazy.logits import LazyLogits
 from tests.lazy_uses import LABELS, MASK, B, S, Use, V, assert_same, both, inputs, square
 
 

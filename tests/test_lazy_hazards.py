@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from memopt.errors import StaleLogitsError
-from memopt.lazy_logits import LazyLogits
+from memopt.lazy.logits import LazyLogits
 
 CLASSES, HIDDEN = 307, 16
 

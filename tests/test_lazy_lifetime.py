@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from memopt._torch import pytree
 from memopt.errors import MemoptError, StaleLogitsError
-from memopt.lazy_logits import LazyLogits
+from memopt.lazy.logits import LazyLogits
 from tests.lazy_uses import EVERY, MASK, Use, V, both, inputs, leaves, square
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from memopt import lazy_rows
-from memopt.lazy_logits import PATIENCE_STEPS, LazyLogits, Usage
-from memopt.lazy_rows import Head, Rows
+from memopt.lazy import rows as lazy_rows
+from memopt.lazy.logits import PATIENCE_STEPS, LazyLogits, Usage
+from memopt.lazy.rows import Head, Rows
 from tests.lazy_uses import (
     EVERY,
     LABELS,

@@ -2,7 +2,7 @@
 
 import torch
 
-from memopt.ledger import Ledger
+from memopt.memory.ledger import Ledger
 from tests.lazy_uses import square
 
 

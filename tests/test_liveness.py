@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from bench.meter import Meter
 from memopt.graph import OpKind
 from memopt.joint import JointGraph
-from memopt.liveness import Liveness, analyse
-from memopt.lives import storages_of
-from memopt.problem import Problem
-from memopt.schedule import Schedule, make_schedule
+from memopt.memory.liveness import Liveness, analyse
+from memopt.memory.lives import storages_of
+from memopt.memory.schedule import Schedule, make_schedule
+from memopt.planner.problem import Problem
 from tests.graphs import (
     OPERATORS,
     RANDOM,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memopt.mincut import SavedSetNetwork
+from memopt.planner.mincut import SavedSetNetwork
 from tests.graphs import ancestors
 
 INFINITE = math.inf

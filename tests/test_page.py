@@ -8,10 +8,10 @@ import pytest
 
 import memopt
 from memopt.errors import ConfigError, MissingExtraError
+from memopt.memory.timeline import LiveRange, Step, Timeline
 from memopt.record import DecisionRow
 from memopt.remarks import Remark, RemarkKind
 from memopt.report import Report
-from memopt.timeline import LiveRange, Step, Timeline
 from memopt.units import format_bytes, format_seconds
 from tests.factories import make_record
 

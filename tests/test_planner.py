@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from memopt.cost import CostModel
 from memopt.device import DEVICES
-from memopt.planner import Search
-from memopt.problem import Candidate, Problem
+from memopt.planner.problem import Candidate, Problem
+from memopt.planner.search import Search
 from tests.graphs import (
     OPERATORS,
     RANDOM,

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import memopt.backend
-import memopt.certify
+import memopt.memory.certify
 from memopt._torch import dynamo_counters
-from memopt.certify import Certificate
+from memopt.memory.certify import Certificate
+from memopt.memory.timeline import LiveRange, Step, Timeline
 from memopt.proofs import Proof, recall, remember
-from memopt.timeline import LiveRange, Step, Timeline
 
 TIMELINE = Timeline(
     "plan",
@@ -104,7 +104,7 @@ def test_a_warm_start_recalls_and_plans_again_where_the_proof_is_lost(
 
     monkeypatch.setattr(memopt.backend, "LEDGER", Ledger())
     replays: list[int] = []
-    replay = memopt.certify.certify
+    replay = memopt.memory.certify.certify
 
     def counted(codes: Any, **options: Any) -> Any:
         replays.append(len(codes))

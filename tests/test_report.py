@@ -10,11 +10,11 @@ from rich.console import Console
 
 import memopt
 from memopt.errors import ConfigError
-from memopt.page import split_step
+from memopt.memory.timeline import LiveRange, Step, Timeline
 from memopt.record import DecisionRow
 from memopt.remarks import Remark, RemarkKind
 from memopt.report import Report
-from memopt.timeline import LiveRange, Step, Timeline
+from memopt.report.page import split_step
 from tests.factories import make_inference_record, make_record
 
 GRAPH_KEYS = {

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, fx
 
 from memopt.device import DEVICES
-from memopt.row_choice import choose, inductor_kernels, may_be_faster
-from memopt.row_lowering import LoweredRows, lower_rows
-from memopt.row_select import choose_regions
-from memopt.row_tiling import Tiling
+from memopt.rows.choice import choose, inductor_kernels, may_be_faster
+from memopt.rows.lowering import LoweredRows, lower_rows
+from memopt.rows.select import choose_regions
+from memopt.rows.tiling import Tiling
 from tests.row_functions import (
     add_norm_quantise,
     calls,

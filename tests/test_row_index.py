@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memopt.row_index import (
+from memopt.rows.index import (
     COLUMN,
     ROW,
     Digit,

@@ -17,8 +17,8 @@ from bench.triton.trace import trace
 from memopt.device import DEVICES
 from memopt.kernels.region import launch
 from memopt.kernels.spec import KernelSpec
-from memopt.row_lowering import LoweredRows, lower_rows
-from memopt.row_select import choose_regions
+from memopt.rows.lowering import LoweredRows, lower_rows
+from memopt.rows.select import choose_regions
 from tests.references import LOW_PRECISION
 from tests.row_functions import (
     DROPPED,

@@ -16,8 +16,8 @@ from bench.triton.interpreter import install
 from bench.triton.trace import SECTOR_BYTES, trace
 from memopt.device import DEVICES
 from memopt.kernels.region import launch
-from memopt.row_lowering import LoweredRows, lower_rows
-from memopt.row_select import choose_regions
+from memopt.rows.lowering import LoweredRows, lower_rows
+from memopt.rows.select import choose_regions
 from tests.row_functions import traced
 from tests.row_programs import RowFunction, row_functions
 

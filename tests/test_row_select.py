@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from memopt.row_lowering import lower_regions
-from memopt.row_nodes import is_seen_through, operands
-from memopt.row_select import Chooser, ConvexClosure, choose_regions, latest, moved_bytes
+from memopt.rows.lowering import lower_regions
+from memopt.rows.nodes import is_seen_through, operands
+from memopt.rows.select import Chooser, ConvexClosure, choose_regions, latest, moved_bytes
 from tests.row_functions import (
     Function,
     add_norm_quantise,

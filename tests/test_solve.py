@@ -7,8 +7,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memopt.regions import Tables
-from memopt.solve import Choice, lowest_peak, solve_exact, solve_greedy
+from memopt.planner.regions import Tables
+from memopt.planner.solve import Choice, lowest_peak, solve_exact, solve_greedy
 
 MIB = 2**20
 GAP = 0.005  # the relative gap at which the mixed-integer solver may stop

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memopt.attention import FULL, Elastic, SpanPlan
+from memopt.attention.layers import visible
+from memopt.attention.plan import KIND, _hash
+from memopt.attention.rules import distinct, from_dict
 from memopt.errors import ConfigError, PlanError
-from memopt.span_layers import visible
-from memopt.span_plan import KIND, _hash
-from memopt.span_rules import distinct, from_dict
 from tests.span_models import HALF, SHORT, plan_for
 
 PLAN = plan_for(

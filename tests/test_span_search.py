@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
+from memopt.attention.search import Candidates, choose
 from memopt.errors import ConfigError
-from memopt.span_search import Candidates, choose
 
 RULES, HEADS, LENGTHS = 5, 3, 2
 

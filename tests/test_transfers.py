@@ -6,7 +6,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memopt.transfers import Stay, Trip, schedule_trips
+from memopt.memory.transfers import Stay, Trip, schedule_trips
 
 
 @st.composite

@@ -10,9 +10,9 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed import _functional_collectives as collectives
 
 from memopt.graph import awaited, is_wait
-from memopt.liveness import analyse
-from memopt.problem import Problem
-from memopt.schedule import make_schedule
+from memopt.memory.liveness import analyse
+from memopt.memory.schedule import make_schedule
+from memopt.planner.problem import Problem
 from tests.graphs import problem_of, savable
 
 SIDE = 32

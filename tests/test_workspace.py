@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memopt.workspace import workspace_bytes
+from memopt.memory.workspace import workspace_bytes
 from tests.scratch import scratch_of
 
 aten = torch.ops.aten

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import memopt
 from bench.zoo.language import LanguageModel
 from memopt.graph import OpKind, packet_name
+from memopt.memory.schedule import Schedule
 from memopt.passes.compress import Compress
-from memopt.problem import Problem
-from memopt.schedule import Schedule
+from memopt.planner.problem import Problem
 from tests.graphs import MASKED, OPERATORS, Program, lowered, problem_of, programs, savable
 from tests.test_liveness import UNSEEN_BYTES, measured_peak
 

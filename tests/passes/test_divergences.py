@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memopt.lazy_logits import LazyLogits
+from memopt.lazy.logits import LazyLogits
 from memopt.passes.heads import memory
 from tests.passes.compiling import (
     argument,

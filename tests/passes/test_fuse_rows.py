@@ -15,7 +15,7 @@ from memopt.config import Config
 from memopt.passes import fuse_rows
 from memopt.pipeline import PassContext, Pipeline
 from memopt.remarks import Remark, RemarkKind
-from memopt.row_choice import choose
+from memopt.rows.choice import choose
 from tests.row_functions import add_norm_quantise, calls, swiglu_backward, traced
 
 NAME = "fuse_rows"

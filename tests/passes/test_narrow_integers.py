@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memopt.passes.narrow_integers import NarrowIntegers
-from memopt.planner import Search
-from memopt.problem import Candidate
+from memopt.planner.problem import Candidate
+from memopt.planner.search import Search
 from tests.graphs import assert_same, lowered, problem_of, seeded
 
 ON: dict[str, Any] = {NarrowIntegers.name: {"least": 8}}

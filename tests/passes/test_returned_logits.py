@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import memopt
-from memopt.lazy_logits import LazyLogits
+from memopt.lazy.logits import LazyLogits
 from tests.passes.compiling import assert_close, options, run_compiled
 from tests.passes.one_head import CLASSES, HIDDEN, Inputs, flat, shifted
 

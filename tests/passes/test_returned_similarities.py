@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bench.meter import Meter
 from memopt.errors import StaleLogitsError
-from memopt.lazy_logits import LazyLogits
+from memopt.lazy.logits import LazyLogits
 from tests.passes.compiling import converted, options, run_compiled
 from tests.passes.pairs import PAIRS, SIZE, Inputs, both
 from tests.references import assert_draws_within_reference_error

@@ -14,9 +14,9 @@ from transformers import DynamicCache, StaticCache
 import memopt
 from bench.zoo import MODELS
 from memopt.attention import FULL, Elastic, SpanPlan
+from memopt.attention.rules import Rule
 from memopt.errors import ConfigError, PlanError
 from memopt.passes.sparse_attention import SparseAttention
-from memopt.span_rules import Rule
 from tests.span_models import HALF, SHORT, compiled, masked, plan_for
 
 BATCH, QUERIES, HEADS, LENGTH, WIDTH = 2, 4, 2, 48, 16
@@ -244,14 +244,60 @@ def test_what_is_not_causal_is_left_alone(how: Any, why: str) -> None:
         assert_same(compiled(Outer(how), plan())(*given), Outer(how)(*given), given)
 
 
-def test_padding_is_left_alone() -> None:
+PADDING = {
+    "left": lambda at: at >= 9,
+    "right": lambda at: at < 31,
+    "both sides": lambda at: (at >= 5) & (at < 40),
+    "in between": lambda at: at % 5 != 2,
+    "none": lambda at: at >= 0,
+    "all": lambda at: at < 0,
+}
+
+
+def of_real_tokens(rules: tuple[Rule, ...], real: Tensor, *given: Tensor) -> Tensor:
+    """What a sequence's own tokens see of each other, and nothing elsewhere."""
+    spans = [rule.span(real.shape[1]) for rule in rules]
+    rows = []
+    for one, *of_one in zip(real, *given, strict=True):
+        shown = one.nonzero()[:, 0]
+        q, k, v = (x[None, :, shown] for x in of_one)
+        mixed = masked(q, k, v, spans, SINKS)
+        rows.append(torch.zeros_like(of_one[0]).index_copy(1, shown, mixed[0]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("kind", PADDING)
+def test_tokens_see_their_span_of_what_is_no_padding(kind: str) -> None:
     given = tensors()
-    mask = torch.ones(BATCH, 1, 1, LENGTH, dtype=torch.bool)
-    mask[0, ..., 40:] = False
-    (text,) = remarks(Outer(padded), plan(), *given, mask)
-    assert "mask is not known to be causal" in text
-    actual, expected = (f(*given, mask) for f in (compiled(Outer(padded), plan()), Outer(padded)))
-    assert_same(actual, expected, given)
+    real = torch.stack([PADDING[kind](torch.arange(LENGTH)), torch.arange(LENGTH) >= 2])
+    model = compiled(Attend(padded), plan_for(("", QUERIES, HEADS, WIDTH, (SHORT, HALF))))
+    actual = model(*given, real[:, None, None]).where(real[:, None, :, None], 0.0)
+    assert_same(actual, of_real_tokens((SHORT, HALF), real, *given), given)
+
+
+def padded_from(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> Tensor:
+    """Of sequences that begin at these tokens."""
+    return padded(q, k, v, (torch.arange(q.shape[2]) >= first)[:, None, None])
+
+
+def test_padded_lengths_may_change() -> None:
+    model = compiled(Packed(padded_from), plan(HALF, SHORT))
+    first = torch.tensor([[0], [7]])
+    for n in (48, 33, 64):
+        x = changing(tensors(n))
+        real = torch.arange(n) >= first
+        with torch._dynamo.config.patch(error_on_recompile=n != 48):
+            mixed = model(x, first)
+        q, k, v = apart(x)
+        expected = q + of_real_tokens((HALF, SHORT), real, q, k, v)
+        hidden = ~real[:, None, :, None]
+        assert_same(mixed.masked_fill(hidden, 0), expected.masked_fill(hidden, 0), [x])
+
+
+def test_a_remark_names_padding() -> None:
+    given = tensors()
+    (text,) = remarks(Outer(padded), plan(), *given, torch.ones(BATCH, 1, 1, LENGTH) > 0)
+    assert "tokens that the mask hides mean nothing" in text
 
 
 @pytest.mark.parametrize("keys", [40, 60])
@@ -425,14 +471,18 @@ def zoo_plan(model: Any, heads: int = 2) -> SpanPlan:
 
 
 class _Spans(torch.overrides.TorchFunctionMode):
-    """Every causal call of a model, with the mask of a plan."""
+    """Every causal call of a model, with the mask of a plan, or of that for another length."""
+
+    def __init__(self, length: int | None = None) -> None:
+        super().__init__()
+        self.length = length
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         q, k, v = args
         step = k.shape[1] // HEADS
-        spans = [rule.span(k.shape[2]) for rule in (SHORT, HALF)]
+        spans = [rule.span(self.length or k.shape[2]) for rule in (SHORT, HALF)]
         return masked(q, k[:, ::step], v[:, ::step], spans, SINKS)
 
 
@@ -446,6 +496,30 @@ def test_models_of_transformers_train_with_spans(name: str) -> None:
     assert not torch.allclose(expected, model(**inputs).loss)
     torch.testing.assert_close(actual, expected)
     mine = torch.autograd.grad(actual, list(model.parameters()))
+    for one, other in zip(mine, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_model_trains_on_padded_batches(side: str) -> None:
+    """As on each sequence by itself: none of its tokens sees padding."""
+    model, inputs = MODELS["llama"].make(dtype=torch.float64)
+    ids, n = inputs["input_ids"][:2, :48], 48
+    real = torch.ones(2, n, dtype=torch.long)
+    real[1, slice(11) if side == "left" else slice(n - 11, None)] = 0
+    positions = (real.cumsum(1) - 1).clamp(min=0)
+    given = {"input_ids": ids, "attention_mask": real, "position_ids": positions}
+    step = compiled(model, zoo_plan(model))
+    actual = step(**given).logits[real > 0]
+    alone = [one[None, shown > 0] for one, shown in zip(ids, real, strict=True)]
+    with _Spans(n):
+        expected = torch.cat([model(input_ids=one).logits[0] for one in alone])
+    torch.testing.assert_close(actual, expected)
+    weights = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view_as(expected)
+    wanted, mine = (
+        torch.autograd.grad((y * weights).sum(), list(model.parameters()))
+        for y in (expected, actual)
+    )
     for one, other in zip(mine, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
 
