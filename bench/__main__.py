@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench import attention, caches, compare, kernels, plans, plot, retrieval, startup
+from bench import attention, caches, compare, fsdp2, kernels, plans, plot, retrieval, startup
 from bench.cases import CASES, DEFAULT, QUICK_CASES
 from bench.peers import PEERS, QUICK
 from bench.results import header, load, save
@@ -22,6 +22,7 @@ OTHERS: Mapping[str, tuple[Callable[..., list[dict[str, Any]]], str]] = {
     retrieval.CASE: (retrieval.run, "what spans by plan and one window keep of a small model"),
     attention.CASE: (attention.run, "attention with spans beside causal, masked and flex"),
     caches.CASE: (caches.run, "caches of keys in decoding, beside those of transformers"),
+    fsdp2.CASE: (fsdp2.run, "sharded blocks on two ranks, by who compiles them"),
     plans.CASE: (plans.run, "plans for a GPU that is not here, and how good the search is"),
 }
 CONSOLE = Console()
@@ -117,6 +118,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--root", type=Path, default=Path(), help="folder of docs/; default: this one"
     )
+    command = commands.add_parser(
+        "scaling",
+        help="compute FSDP2 on 8 to 1,024 GPUs from plans, and write a page",
+    )
+    command.set_defaults(run=_scaling)
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path("bench/results/scaling.json"),
+        help="results file; default: %(default)s",
+    )
+    command.add_argument(
+        "--root", type=Path, default=Path(), help="folder of docs/; default: this one"
+    )
     return parser
 
 
@@ -188,6 +203,21 @@ def _coverage(arguments: argparse.Namespace) -> int:
             save(arguments.out, head, [rows[name] for name in sorted(rows)])
     path = arguments.root / "docs" / "coverage.md"
     path.write_text(coverage_page.page(load(arguments.out)))
+    say(f"wrote {path}")
+    return 0
+
+
+def _scaling(arguments: argparse.Namespace) -> int:
+    from bench import scaling, scaling_page
+
+    head = header(0, "cpu") | {"command": "python -m bench scaling"}
+    save(arguments.out, head, scaling.run(say))
+    results, docs = load(arguments.out), arguments.root / "docs"
+    picture = Path("assets") / "scaling.png"
+    (docs / picture.parent).mkdir(parents=True, exist_ok=True)
+    scaling_page.draw(results["rows"], docs / picture)
+    path = docs / "scaling.md"
+    path.write_text(scaling_page.page(results, picture.as_posix()))
     say(f"wrote {path}")
     return 0
 

@@ -14,6 +14,7 @@ from bench import comparison, tables
 from bench.attention import attention_section
 from bench.caches import caches_section
 from bench.compare import Rows, step_rows
+from bench.fsdp2 import fsdp2_section
 from bench.kernel_tables import compared, kernel_section
 from bench.plan_tables import plan_section
 from bench.results import load
@@ -91,6 +92,8 @@ def _section(stem: str, results: dict[str, Any], assets: Path) -> tuple[list[Pat
         parts += ["### banded attention\n", section]
     if section := caches_section(results["rows"]):
         parts += ["### caches\n", section]
+    if section := fsdp2_section(results["rows"]):
+        parts += ["### sharded blocks on several ranks\n", section]
     if section := plan_section(results["rows"]):
         parts += ["### plans\n", section]
     return pictures, "\n".join(parts)

@@ -5,14 +5,15 @@ import random
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench.cases import Case
 from bench.peers import Peer, resolve_budget, with_references
 from bench.results import Row
-from bench.worker import Job, Prepared, serve
+from bench.worker import Job, Prepared, Session, serve
 
 Say = Callable[[str], None]
 MIB = 2**20
@@ -24,13 +25,17 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """A peer's process, seen from the runner."""
+    """A peer's process, seen from the runner.
 
-    def __init__(self, job: Job) -> None:
+    Args:
+        make: makes the session there.
+    """
+
+    def __init__(self, make: Callable[[], object]) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["bench.worker", "transformers"])
         self._connection, child = context.Pipe()
-        self._process = context.Process(target=serve, args=(child, job))
+        self._process = context.Process(target=serve, args=(child, make))
         self._process.start()
         child.close()
 
@@ -40,8 +45,21 @@ class Worker:
         Raises:
             WorkerError: the method raised, or the process died.
         """
-        try:
+        self.start(method, *arguments)
+        return self.result()
+
+    def start(self, method: str, *arguments: object) -> None:
+        """Call a method, and do not wait for what it gives."""
+        with suppress(OSError):  # `result` says that the process has ended
             self._connection.send((method, arguments))
+
+    def result(self) -> Any:
+        """What the method that was called last gives.
+
+        Raises:
+            WorkerError: the method raised, or the process died.
+        """
+        try:
             ok, value = self._connection.recv()
         except (EOFError, OSError):
             self._process.join()
@@ -50,10 +68,18 @@ class Worker:
             raise WorkerError(value)
         return value
 
+    def fileno(self) -> int:
+        """For `multiprocessing.connection.wait`: there is a result, or the process has ended."""
+        return self._connection.fileno()
+
     def close(self) -> None:
         """End the process."""
         self._connection.close()
         self._process.join(timeout=10)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the process, whatever it does."""
         if self._process.is_alive():
             self._process.kill()
 
@@ -122,7 +148,7 @@ def _restart(jobs: dict[str, Job], workers: dict[str, Worker]) -> None:
     for worker in workers.values():
         worker.close()
     for name, job in jobs.items():
-        workers[name] = Worker(job)
+        workers[name] = Worker(partial(Session, job))
         workers[name].call("prepare")
 
 
@@ -161,7 +187,7 @@ def _prepare(
         writes=peer.name == reference_peer,
     )
     jobs[peer.name] = job
-    worker = workers[peer.name] = Worker(job)
+    worker = workers[peer.name] = Worker(partial(Session, job))
     try:
         prepared: Prepared = worker.call("prepare")
     except WorkerError as error:

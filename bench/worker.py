@@ -7,6 +7,7 @@ processes in turn, which keeps their times comparable.
 import gc
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -229,16 +230,21 @@ class Session:
             gc.enable()
 
 
-def serve(connection: Connection, job: Job) -> None:
-    """Answer the runner's calls until it hangs up; a failure is an answer too."""
-    session: Session | None = None
+def serve(connection: Connection, make: Callable[[], object]) -> None:
+    """Answer the runner's calls until it hangs up; a failure is an answer too.
+
+    Args:
+        connection: where calls come from.
+        make: makes the session whose methods are called, at the first call.
+    """
+    session = None
     while True:
         try:
             method, arguments = connection.recv()
         except EOFError:
             return
         try:
-            session = session or Session(job)
+            session = session or make()
             connection.send((True, getattr(session, method)(*arguments)))
         except Exception as error:  # every failure of a peer belongs in the results
             cause = getattr(error, "inner_exception", None) or error

@@ -6,7 +6,6 @@ no rank waits for another because of it.
 """
 
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -15,8 +14,9 @@ from typing import Any
 
 import torch
 
-from memopt._torch import cache_dir, inductor_config, write_atomic
+from memopt._torch import cache_dir, inductor_config
 from memopt._versions import __version__
+from memopt.stored import keep, kept
 
 log = logging.getLogger(__name__)
 
@@ -66,17 +66,14 @@ def seconds_of(question: tuple[Any, ...], ways: Ways, device: torch.device) -> d
             return {}
         log.debug("seconds for %s: %s", question, known)
         if not inductor_config.force_disable_caches:
-            write_atomic(str(path), json.dumps(known), make_dirs=True)
+            keep(path, known)
     return known
 
 
 def _recall(path: Path, ways: Ways) -> dict[str, float] | None:
     """What an earlier process measured, if the file can be read."""
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-        return {name: float(body[name]) for name in ways}
-    except (OSError, ValueError, TypeError, LookupError):
-        return None
+    body = kept(path)
+    return body if body is not None and body.keys() == ways.keys() else None
 
 
 def _path(question: tuple[Any, ...], device: torch.device) -> Path:

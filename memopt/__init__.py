@@ -1,10 +1,12 @@
 """memopt: keep a training or inference step under a memory budget, with ``torch.compile``.
 
-Importing this package does not import torch: each public name loads its module on first use, which
-raises ``UnsupportedVersionError`` where torch or Triton are of another version than is supported.
+Importing this package does not import torch: each public name loads its module on first use. Where
+torch or Triton are of another version than is supported, importing it warns, and first use raises
+``UnsupportedVersionError``.
 """
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING
 
 from memopt import _versions
@@ -19,6 +21,11 @@ from memopt.errors import (
     PlanError,
     UnsupportedVersionError,
 )
+
+try:
+    _versions.check()
+except UnsupportedVersionError as error:
+    warnings.warn(str(error), stacklevel=2)
 
 _LAZY = {
     "Config": "memopt.config",

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from memopt._torch import dynamo_config
+from memopt.errors import ConfigError, shown
 
 T = TypeVar("T")
 
@@ -46,6 +47,11 @@ def optimize(target: Any = None, **options: Any) -> Any:
     arguments: dict[str, Any] = {
         name: options.pop(name) for name in ("dynamic", "fullgraph") if name in options
     }
+    for name, value in arguments.items():
+        allowed = (True, False, None) if name == "dynamic" else (True, False)
+        if not any(value is one for one in allowed):
+            words = " or ".join(map(str, allowed))
+            raise ConfigError(f"option {name!r} = {shown(value)}: allowed is {words}")
     _validate(options)
     _ignore_messages()
     arguments.update(backend="memopt", options=options)

@@ -14,7 +14,7 @@ from memopt._torch import get_hash_for_files, list_mode_options
 from memopt._versions import __version__
 from memopt.config import Config
 from memopt.device import device_spec
-from memopt.lowering import Caches, lower_eagerly, lower_with_inductor
+from memopt.lowering import Caches, check_patches, lower_eagerly, lower_with_inductor
 from memopt.memory.certify import certify
 from memopt.memory.ledger import LEDGER
 from memopt.passes import CUT_MAPS, CUT_ROWS, FORMS, JOINT, POST_GRAD, PRE_GRAD
@@ -66,6 +66,7 @@ def read_options(options: Mapping[str, object] | None, *, mode: str | None = Non
         configure(pass_, config)
     if config.device is not None:
         device_spec(config.device)
+    check_patches(config.inductor)
     return config
 
 
@@ -103,8 +104,8 @@ def compile_graph(
         observe(diagnosis.make_record(split, proof))
     if config.memory_budget.kind == "bytes" and proof.planned_peak_bytes is not None:
         _warn_of_earlier_graphs(split, proof.gradient_bytes)
-        held_bytes = proof.saved_bytes + proof.output_bytes
-        compiled = LEDGER.tracked(compiled, held_bytes, proof.backward_peak_bytes)
+        highest = proof.backward_peak_bytes + proof.others * proof.held_bytes
+        compiled = LEDGER.tracked(compiled, proof.held_bytes, highest)
     for wrap in ctx.wrappers:
         compiled = wrap(compiled)
     return compiled

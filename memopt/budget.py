@@ -7,7 +7,7 @@ from decimal import Decimal
 from numbers import Integral, Real
 from typing import Literal, SupportsFloat
 
-from memopt.errors import ConfigError
+from memopt.errors import ConfigError, shown
 
 UNITS = {
     "b": 1,
@@ -80,7 +80,7 @@ def as_float(value: SupportsFloat) -> float:
 
 
 def _refusal(value: object, reason: str) -> ConfigError:
-    return ConfigError(f"option 'memory_budget' = {value!r}: {reason}; {_ALLOWED}")
+    return ConfigError(f"option 'memory_budget' = {shown(value)}: {reason}; {_ALLOWED}")
 
 
 def _fraction(value: Real) -> float:

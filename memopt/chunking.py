@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from torch import fx
 
 from memopt._torch import OpOverload, pytree, size_hint
+from memopt.errors import PlanError
 from memopt.joint import JointGraph
 from memopt.kernels import cut_table
 from memopt.kernels.blocks import default_chunk_rows
@@ -103,10 +104,19 @@ def chunk_rows(joint: JointGraph) -> dict[str, int]:
 
 
 def set_chunk_rows(joint: JointGraph, rows: Mapping[str, int]) -> None:
-    """Give chunked operators these many rows a chunk."""
+    """Give chunked operators these many rows a chunk.
+
+    Raises:
+        PlanError: 0 for an operator that cannot do without logits.
+    """
     for node in joint.nodes:
         place = _place(node)
         if place is not None and node.name in rows:
+            if rows[node.name] == 0 and not _can_be_cut(node):
+                raise PlanError(
+                    f"the plan gives {node.name} chunk_rows=0, and it cannot do without logits "
+                    "here: plan again"
+                )
             node.update_arg(place, rows[node.name])
 
 

@@ -7,16 +7,17 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from memopt.budget import Budget, as_float
-from memopt.errors import ConfigError
+from memopt.errors import ConfigError, shown
 
 KnownPasses = Mapping[str, Collection[str]]
 
 # The keys of torch._inductor.list_mode_options() in torch 2.11 to 2.13.
 MODES = ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+_DEEPEST = 32  # levels of lists and mappings in an option
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -64,6 +65,8 @@ class Config:
         device: a name in the device table, or None for the device that the model is on.
         solver: how plans are searched; ``"auto"`` refines the greedy plan while time is left.
         solver_seconds: limit of the search, per graph, in seconds of its own work.
+        repeats: how many times in a step a graph runs forward before its first backward, as one
+            does that blocks share which are compiled one by one. All of them are in the budget.
         mode: a mode of ``torch.compile``, handed on to Inductor.
         inductor: patches to Inductor's own configuration, by dotted name.
         plan: path of a saved plan to replay instead of searching, or None.
@@ -77,6 +80,7 @@ class Config:
     device: str | None = None
     solver: Literal["auto", "greedy", "exact"] = "auto"
     solver_seconds: float = 5.0
+    repeats: int = 1
     mode: str | None = None
     inductor: Settings = field(default_factory=Settings)
     plan: str | None = None
@@ -101,7 +105,9 @@ class Config:
             ConfigError: an option is unknown, of the wrong type, or out of range.
         """
         if options is not None and not isinstance(options, Mapping):
-            raise ConfigError(f"options must be a mapping of names to values, not {options!r}")
+            raise ConfigError(
+                f"options must be a mapping of names to values, not {shown(options)}"
+            )
         given = dict(options or {})
         known = [f.name for f in dataclasses.fields(cls)]
         for name in given:
@@ -110,7 +116,8 @@ class Config:
                 raise unknown("option", name, known, note=note)
         if mode is not None and given.setdefault("mode", mode) != mode:
             raise ConfigError(
-                f"mode={mode!r} and option 'mode' = {given['mode']!r} disagree; give one of them"
+                f"mode={mode!r} and option 'mode' = {shown(given['mode'])} disagree; give one of "
+                "them"
             )
         values: dict[str, Any] = {name: _PARSERS[name](name, v) for name, v in given.items()}
         config = cls(**values)
@@ -135,14 +142,18 @@ class Config:
 
 def unknown(kind: str, name: object, known: Collection[str], *, note: str = "") -> ConfigError:
     """The error for a name that is not in ``known``; it names the nearest one that is."""
-    near = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(_words(name), known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     allowed = ", ".join(sorted(known)) or "none"
-    return ConfigError(f"unknown {kind} {name!r}; {hint}known: {allowed}{note}")
+    return ConfigError(f"unknown {kind} {shown(name)}; {hint}known: {allowed}{note}")
 
 
 def _wrong(name: str, value: object, allowed: str) -> ConfigError:
-    return ConfigError(f"option {name!r} = {value!r}: allowed is {allowed}")
+    return ConfigError(f"option {name!r} = {shown(value)}: allowed is {allowed}")
+
+
+def _words(value: object) -> str:
+    return value.lower() if isinstance(value, str) else shown(value).lower()
 
 
 def _check_passes(passes: Settings, known: KnownPasses) -> None:
@@ -154,17 +165,20 @@ def _check_passes(passes: Settings, known: KnownPasses) -> None:
                 raise unknown(f"option of pass {name!r}:", option, known[name])
 
 
-def _freeze(path: str, value: object) -> object:
+def _freeze(path: str, value: object, depth: int) -> object:
     """``value`` made of tuples, ``Settings`` and plain scalars; ``path`` is for the error."""
+    if depth > _DEEPEST:  # or a container is inside itself
+        name = path.split(".")[0].split("[")[0]
+        raise ConfigError(f"option {name!r} is nested deeper than the {_DEEPEST} levels allowed")
     if isinstance(value, Mapping):
-        return _settings(path, value)
+        return _settings(path, value, depth)
     if isinstance(value, list | tuple):
-        return tuple(_freeze(f"{path}[{i}]", item) for i, item in enumerate(value))
+        return tuple(_freeze(f"{path}[{i}]", item, depth + 1) for i, item in enumerate(value))
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if callable(serialise := getattr(value, "to_json", None)):  # a plan
         value = serialise()
-    finite = not isinstance(value, float) or math.isfinite(value)
+    finite = not isinstance(value, int | float) or math.isfinite(as_float(value))
     if finite and (value is None or isinstance(value, bool | int | float | str)):
         return value
     allowed = "a bool, finite number, string, None, or a list or mapping of these"
@@ -179,13 +193,14 @@ def _thaw(value: object) -> object:
     return [_thaw(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _settings(name: str, value: object) -> Settings:
+def _settings(name: str, value: object, depth: int = 0) -> Settings:
     if not isinstance(value, Mapping):
         raise _wrong(name, value, "a mapping of names to values")
     for key in value:
         if not isinstance(key, str):
-            raise ConfigError(f"option {name!r} has the key {key!r}: allowed are strings")
-    return Settings(tuple((key, _freeze(f"{name}.{key}", value[key])) for key in sorted(value)))
+            raise ConfigError(f"option {name!r} has the key {shown(key)}: allowed are strings")
+    frozen = ((key, _freeze(f"{name}.{key}", value[key], depth + 1)) for key in sorted(value))
+    return Settings(tuple(frozen))
 
 
 def _passes(name: str, value: object) -> Settings:
@@ -210,6 +225,12 @@ def _seconds(name: str, value: object) -> float:
     return seconds
 
 
+def _count(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise _wrong(name, value, "an int of at least 1, such as the number of blocks")
+    return int(value)
+
+
 def _text(name: str, value: object) -> str | None:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
@@ -225,7 +246,7 @@ def _one_of(*allowed: str | None) -> Callable[[str, object], str | None]:
         if isinstance(value, str) and value in allowed:
             return value
         words = [word for word in allowed if word]
-        near = difflib.get_close_matches(str(value).lower(), words, n=1)
+        near = difflib.get_close_matches(_words(value), words, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise _wrong(name, value, " or ".join(repr(word) for word in allowed) + hint)
 
@@ -241,6 +262,7 @@ _PARSERS: Mapping[str, Callable[[str, object], object]] = {
     "device": _text,
     "solver": _one_of("auto", "greedy", "exact"),
     "solver_seconds": _seconds,
+    "repeats": _count,
     "mode": _one_of(None, *MODES),
     "inductor": _settings,
     "plan": _text,

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch.distributed as dist
+
 from memopt.errors import BudgetInfeasibleError
 from memopt.graph import source_line
 from memopt.memory.timeline import LiveRange, Timeline
@@ -26,7 +28,7 @@ def require_fit(split: Splitter, proof: Proof) -> None:
     if limit is None:
         return
     if proof.emitted is not None:
-        peak, timeline = proof.emitted.peak_bytes, proof.emitted.timeline
+        peak, timeline = proof.emitted_peak_bytes or 0, proof.emitted.timeline
     elif (planned := _planned(split)) is not None and not planned.fits:
         floor = planned.chosen
         peak, timeline = floor.peak_bytes, floor.liveness.timeline("floor")
@@ -57,14 +59,27 @@ def infeasible_text(split: Splitter, limit: int, floor: int, timeline: Timeline)
         if split.held_bytes
         else ""
     )
+    if split.config.repeats > 1:
+        held += f" for {split.config.repeats} repeats of the graph"
     budget, lowest = format_bytes(limit), format_bytes(floor)
     if budget == lowest:
         budget, lowest = f"{limit:,} B", f"{floor:,} B"
     return (
-        f"no plan fits memory_budget = {budget}{held}: the lowest peak found is {lowest}.\n"
+        f"no plan fits memory_budget = {budget}{held}{_on_a_rank()}: the lowest peak found is "
+        f"{lowest}.\n"
         f"It binds at {step.name}{_at(step.source)}, in the "
         f"{'backward' if step.backward else 'forward'}, where these are alive:{shown}{rest}\n"
         f"Cheapest next action: {_next_action(holders, floor, bool(split.outcomes))}"
+    )
+
+
+def _on_a_rank() -> str:
+    """Which rank this is, where there are more."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return ""
+    return (
+        f" on rank {dist.get_rank()} of {dist.get_world_size()} (the others may wait for it: let "
+        f"this error end its process)"
     )
 
 
@@ -94,7 +109,8 @@ def _at(source: str) -> str:
 def one_line(split: Splitter, proof: Proof) -> str:
     """The log line of one graph: bytes before and after."""
     emitted = proof.emitted
-    peak = emitted.peak_bytes if emitted else proof.planned_peak_bytes or 0
+    emitted_peak = proof.emitted_peak_bytes
+    peak = proof.planned_peak_bytes or 0 if emitted_peak is None else emitted_peak
     now = f"{format_bytes(peak)} ({'certified' if emitted else 'estimated'})"
     if not split.outcomes:
         return f"peak {now}, from the compile cache"
@@ -142,14 +158,18 @@ def make_record(split: Splitter, proof: Proof) -> GraphRecord:
         )
     outcome = split.outcomes[-1]
     search, chosen = outcome.search, outcome.chosen
+    emitted_peak = proof.emitted_peak_bytes
     _say_what_is_random(split, outcome)
+    if proof.others:
+        each = f"{proof.others} more graphs like it hold {format_bytes(proof.held_bytes)} each"
+        ctx.remark("planner", RemarkKind.ANALYSIS, f"peaks are of a step in which {each}")
     shared["remarks"] = tuple(ctx.remarks)
     away = outcome.problem.away_bytes(chosen.saved)
     return GraphRecord(
         **shared,
         training=True,
         baseline_peak_bytes=search.everything_kept.peak_bytes,
-        predicted_peak_bytes=emitted.peak_bytes if emitted else chosen.peak_bytes,
+        predicted_peak_bytes=chosen.peak_bytes if emitted_peak is None else emitted_peak,
         budget_bytes=outcome.limit_bytes,
         saved_bytes=chosen.liveness.saved_bytes,
         recompute_seconds=chosen.recompute_seconds,

@@ -3,6 +3,15 @@
 from typing import Any
 
 
+def shown(value: object) -> str:
+    """A value as an error shows it: its ``repr``, as far as it has one that can be read."""
+    try:
+        text = repr(value)
+    except Exception as error:  # of the user's own class, or a number of thousands of digits
+        return f"<a {type(value).__name__}, whose repr raises {type(error).__name__}>"
+    return text if len(text) <= 1000 else f"{text[:1000]}..."
+
+
 class MemoptError(Exception):
     """Base class: catch this to catch anything memopt raises on purpose."""
 

@@ -74,7 +74,9 @@ class JointGraph:
         storage_of: for each node the storages its value lives in.
         allocates: for each node the storages it brings into being.
         kind: how a fusing lowering treats each node.
-        forwardable: nodes that depend on no tangent: they can run in the forward.
+        forwardable: nodes that can run in the forward: they depend on no tangent, and on no
+            collective that is the backward's alone. That one runs where it was written, so that
+            ranks with plans of their own meet at it.
         required_forward: nodes that the forward outputs need.
         recomputable: nodes that may run a second time.
         forward_outputs, backward_outputs: indices of the outputs, constants left out.
@@ -102,8 +104,11 @@ class JointGraph:
         return len(self.nodes)
 
     def settled(self, saved: Iterable[int]) -> frozenset[int]:
-        """A saved set with one form of each value: as it is, or else the first other one."""
-        chosen = set(saved)
+        """A saved set with one form of each value: as it is, or else the first other one.
+
+        What cannot run in the forward is left out.
+        """
+        chosen = {i for i in saved if self.forwardable[i]}
         once = set(chosen)
         for encoding in self.encodings:
             if encoding.encoded in chosen:
@@ -183,11 +188,11 @@ def index_joint_graph(gm: fx.GraphModule, info: NodeInfo, *, num_fwd_outputs: in
     tangents = tuple(
         i for i, n in enumerate(nodes) if n.op == "placeholder" and "tangents" in str(n.target)
     )
-    builder = _StorageBuilder(nodes, index)
     inputs = tuple(tuple(index[a] for a in n.all_input_nodes) for n in nodes)
-    forwardable = tuple(n not in info.tangents_closure for n in nodes)
-    required = set(info.required_fw_nodes)
     returned = _indices(forward_outputs, index)
+    forwardable = _forwardable(nodes, info.tangents_closure, _ancestors(inputs, returned))
+    required = set(info.required_fw_nodes)
+    builder = _StorageBuilder(nodes, index)
     held = {s for i in returned for s in builder.storage_of[i]}  # as they are, in any case
     encodings = (
         e
@@ -202,7 +207,9 @@ def index_joint_graph(gm: fx.GraphModule, info: NodeInfo, *, num_fwd_outputs: in
         allocates=tuple(builder.allocates),
         kind=tuple(predicates.op_kind(n) for n in nodes),
         forwardable=forwardable,
-        required_forward=tuple(n in required for n in nodes),
+        required_forward=tuple(
+            n in required and early for n, early in zip(nodes, forwardable, strict=True)
+        ),
         recomputable=tuple(predicates.is_recomputable(n) for n in nodes),
         forward_outputs=returned,
         backward_outputs=_indices(backward_outputs, index),
@@ -210,6 +217,31 @@ def index_joint_graph(gm: fx.GraphModule, info: NodeInfo, *, num_fwd_outputs: in
         encodings=tuple(encodings),
         index=index,
     )
+
+
+def _ancestors(inputs: Sequence[Sequence[int]], roots: Iterable[int]) -> set[int]:
+    """The roots, and all that they are made from.
+
+    Torch's own answer has every wait in it that could run in the forward: it counts as an effect.
+    """
+    found, pending = set[int](), [*roots]
+    while pending:
+        i = pending.pop()
+        if i not in found:
+            found.add(i)
+            pending += inputs[i]
+    return found
+
+
+def _forwardable(
+    nodes: Sequence[fx.Node], tangents_closure: Collection[fx.Node], required: Collection[int]
+) -> tuple[bool, ...]:
+    late = set(tangents_closure)
+    for i, node in enumerate(nodes):
+        starts = predicates.is_collective(node) and not predicates.is_wait(node)
+        if (starts and i not in required) or not late.isdisjoint(node.all_input_nodes):
+            late.add(node)
+    return tuple(node not in late for node in nodes)
 
 
 def _encodings(nodes: Sequence[fx.Node], inputs: Sequence[Sequence[int]]) -> Iterator[Encoding]:

@@ -21,7 +21,9 @@ from memopt._torch import (
     inductor_handlers,
     select_decomp_table,
 )
+from memopt.config import unknown
 from memopt.emit import shape_of
+from memopt.errors import ConfigError, shown
 from memopt.fusion import NearbyFusion
 from memopt.graph import aten
 from memopt.pipeline import Compiled
@@ -171,6 +173,25 @@ def _is_depthwise(gm: fx.GraphModule) -> bool:
             if given.get("groups", 1) > 1 and shape_of(given["weight"])[1] == 1:
                 return True
     return False
+
+
+def check_patches(patches: Mapping[str, object]) -> None:
+    """Check patches to Inductor's configuration as ``torch.compile`` checks its own options.
+
+    Raises:
+        ConfigError: Inductor has no such setting, or the value is of another type.
+    """
+    settings: Any = inductor_config
+    known = settings.get_config_copy()
+    for name, value in patches.items():
+        if name not in known:
+            raise unknown("option of Inductor", name, known)
+        kind = settings.get_type(name)
+        if isinstance(kind, type) and not isinstance(value, kind):
+            raise ConfigError(
+                f"option 'inductor' sets {name!r} to {shown(value)}: allowed is a "
+                f"{kind.__name__}, such as {shown(known[name])}"
+            )
 
 
 def _on_gpu(inputs: Sequence[Any]) -> bool:

@@ -11,6 +11,7 @@ from memopt.plan import Plan, fingerprint
 from memopt.planner.problem import Candidate, Problem
 from memopt.planner.search import Search
 from memopt.record import DecisionRow
+from memopt.stored import read_plan_text
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,9 @@ def read_plan(path: str) -> Plan:
     """A plan file.
 
     Raises:
-        PlanError: the file cannot be read.
+        PlanError: the file cannot be read, or is no plan.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            return Plan.from_json(file.read())
-    except OSError as error:
-        raise PlanError(f"cannot read the plan {path!r}: {error.strerror}") from error
+    return Plan.from_json(read_plan_text(path))
 
 
 def load_plan(joint: JointGraph, path: str) -> Plan:

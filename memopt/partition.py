@@ -1,6 +1,7 @@
 """Joint graph and saved set to a forward and a backward graph, checked against each other."""
 
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import fx
 
@@ -12,6 +13,7 @@ from memopt._torch import (
     thread_graphsafe_rng_from_hops,
 )
 from memopt.errors import PartitionError
+from memopt.graph import is_collective
 from memopt.joint import Encoding, JointGraph
 from memopt.kernels.host import ARRIVED, FROM_HOST, LEFT
 from memopt.memory.schedule import Schedule
@@ -45,6 +47,10 @@ def partition(
         num_fwd_outputs=num_fwd_outputs,
         static_lifetime_input_nodes=info.static_lifetime_input_nodes,
     )
+    early, late = set(_names(joint, schedule.forward)), set(_names(joint, schedule.backward))
+    _leave_to_the_other(forward.graph, late - early)
+    closure = {node.name for node in info.tangents_closure}
+    _leave_to_the_other(backward.graph, {node.name for node in joint.nodes} - closure - late)
     for encoding in used:
         _encode(forward.graph, joint, encoding)
         _decode(backward.graph, joint, encoding)
@@ -55,6 +61,24 @@ def partition(
     _wait_for_copies(forward.graph, backward.graph, schedule)
     check_halves(forward, backward, num_fwd_outputs)
     return forward, backward
+
+
+def _leave_to_the_other(half: fx.Graph, names: Collection[str]) -> None:
+    """Erase collectives that this half is not to run.
+
+    A wait counts as an effect, so torch keeps it in both halves where its collective could run,
+    though nothing reads it there: it would run twice, and on some ranks only.
+    """
+    erased = True
+    while erased:  # what one was made of may be another's
+        erased = False
+        for node in reversed(half.nodes):
+            is_part = node.target is operator.getitem
+            if node.name in names and not node.users and (is_part or is_collective(node)):
+                half.erase_node(node)
+                erased = True
+        if erased:
+            half.eliminate_dead_code()
 
 
 def _encode(forward: fx.Graph, joint: JointGraph, encoding: Encoding) -> None:

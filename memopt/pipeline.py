@@ -7,13 +7,13 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_type_hints
 
 from torch import fx
 
 from memopt._torch import OpOverload, copy_graph, trace_structured
 from memopt.config import Config
-from memopt.errors import PipelineError, PlanError
+from memopt.errors import ConfigError, PipelineError, PlanError, shown
 from memopt.graph import is_mutating, tensors
 from memopt.remarks import Remark, RemarkKind
 
@@ -185,7 +185,32 @@ def configure(pass_: Configured, config: Config) -> Configured:
     options = config.pass_options(pass_.name)
     if not options:
         return pass_
+    kinds = get_type_hints(type(pass_))
+    for name, value in options.items():
+        allowed = get_args(kinds[name]) or (kinds[name],)
+        if Any not in allowed and not any(_is_a(value, kind) for kind in allowed):
+            words = " or ".join(_KINDS[kind] for kind in allowed)
+            raise ConfigError(
+                f"option {name!r} of pass {pass_.name!r} = {shown(value)}: allowed is {words}"
+            )
     return type(pass_)(**{**vars(pass_), **dict(options)})
+
+
+_KINDS = {
+    bool: "True or False",
+    int: "a whole number from 0 on",
+    float: "a number from 0 on",
+    str: "a string",
+    type(None): "None",
+}
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    """Whether an option that a pass declares as ``kind`` may have a value; none is negative."""
+    if kind not in (int, float):
+        return isinstance(value, kind)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return (whole or (kind is float and isinstance(value, float))) and value >= 0  # type: ignore[operator]
 
 
 def _remove_dead_code(graph: fx.Graph, known: Mapping[str, bool]) -> None:

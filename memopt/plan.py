@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from memopt.errors import PlanError
+from memopt.stored import count, number, parse, some_list, text_of
 
 SCHEMA = 2
 
@@ -56,39 +57,33 @@ class Plan:
         Raises:
             PlanError: the text is no JSON, misses a field, or has another schema.
         """
-        try:
-            body = json.loads(text)
-        except json.JSONDecodeError as error:
-            where = "explain(...).graphs[0].plan.to_json() makes one"
-            raise PlanError(f"not a plan: not JSON ({error}); {where}") from error
+        body = parse(text, "plan", "explain(...).graphs[0].plan.to_json() makes one")
         if not isinstance(body, Mapping) or body.get("schema") != SCHEMA:
             seen = body.get("schema") if isinstance(body, Mapping) else type(body).__name__
-            raise PlanError(f"plan schema is {seen!r}, this version reads {SCHEMA}: plan again")
+            raise PlanError(
+                f"plan schema is {seen!r:.100}, this version reads {SCHEMA}: plan again"
+            )
         try:
             return cls(
-                fingerprint=str(body["fingerprint"]),
-                saved=_names(body["saved"]),
-                peak_bytes=int(body["peak_bytes"]),
-                seconds=float(body["seconds"]),
-                budget_bytes=None if body["budget_bytes"] is None else int(body["budget_bytes"]),
-                solver=str(body["solver"]),
-                chunk_rows=_counts(body["chunk_rows"]),
-                cut=_counts(body.get("cut", {})),
+                fingerprint=text_of(body["fingerprint"]),
+                saved=tuple(text_of(name) for name in some_list(body["saved"])),
+                peak_bytes=count(body["peak_bytes"], 0),
+                seconds=number(body["seconds"], 0),
+                budget_bytes=None if body["budget_bytes"] is None else count(body["budget_bytes"]),
+                solver=text_of(body["solver"]),
+                chunk_rows=_counts(body["chunk_rows"], 0),
+                cut=_counts(body.get("cut", {}), 1),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"the plan's field is missing or malformed: {error}") from error
+        except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+            raise PlanError(
+                f"the plan's field is missing or malformed: {error}; plan again"
+            ) from error
 
 
-def _names(value: object) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise TypeError(f"'saved' is {value!r}, a list of names is expected")
-    return tuple(value)
-
-
-def _counts(value: object) -> dict[str, int]:
+def _counts(value: object, least: int) -> dict[str, int]:
     if not isinstance(value, Mapping):
-        raise TypeError(f"{value!r}, numbers by name are expected")
-    return {str(name): int(count) for name, count in value.items()}
+        raise TypeError(f"{value!r:.100}, numbers by name are expected")
+    return {name: count(entry, least) for name, entry in value.items()}
 
 
 def fingerprint(lines: list[str]) -> str:

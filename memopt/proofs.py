@@ -7,16 +7,16 @@ everything that the plan depended on.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from memopt._torch import cache_dir, inductor_config, write_atomic
+from memopt._torch import cache_dir, inductor_config
 from memopt.memory.certify import Certificate
 from memopt.memory.liveness import Liveness
 from memopt.memory.timeline import Timeline
 from memopt.splitting import Splitter
+from memopt.stored import keep, kept
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,10 @@ class Proof:
         certificate: what the emitted code allocates; the reason where that cannot be told; None
             where no code was asked for.
         limit_bytes: the bound, less what earlier graphs of the step hold; None without one.
+        others: how many repeats of the graph hold what they saved while it runs.
         fits: whether the planner found a plan under it.
-        planned_peak_bytes: the peak by the planner's model; None where nothing was planned.
+        planned_peak_bytes: the peak by the planner's model, with what the others hold; None
+            where nothing was planned.
         output_bytes: forward outputs, which the caller may hold.
         gradient_bytes: what the backward returns.
         saved_bytes: what the backward alone keeps alive between the halves.
@@ -38,6 +40,7 @@ class Proof:
 
     certificate: Certificate | str | None
     limit_bytes: int | None = None
+    others: int = 0
     fits: bool = True
     planned_peak_bytes: int | None = None
     output_bytes: int = 0
@@ -59,6 +62,7 @@ class Proof:
         return cls(
             certificate,
             outcome.limit_bytes,
+            outcome.problem.others,
             outcome.fits,
             outcome.chosen.peak_bytes,
             liveness.output_bytes,
@@ -73,11 +77,22 @@ class Proof:
         return self.certificate if isinstance(self.certificate, Certificate) else None
 
     @property
+    def held_bytes(self) -> int:
+        """What one graph leaves for its backward, and for its caller."""
+        return self.saved_bytes + self.output_bytes
+
+    @property
+    def emitted_peak_bytes(self) -> int | None:
+        """The peak of what was emitted, with what the others hold; None if it is not known."""
+        emitted = self.emitted
+        return None if emitted is None else emitted.peak_bytes + self.others * self.held_bytes
+
+    @property
     def overshoot_bytes(self) -> int:
         """How far the emitted code is over the budget; 0 or less where it is not, or unknown."""
-        if self.limit_bytes is None or self.emitted is None:
+        if self.limit_bytes is None or self.emitted_peak_bytes is None:
             return 0
-        return self.emitted.peak_bytes - self.limit_bytes
+        return self.emitted_peak_bytes - self.limit_bytes
 
     def next_margin_bytes(self, margin_bytes: int) -> int:
         """How far below the budget to aim next, after the emitted code overshot.
@@ -85,8 +100,8 @@ class Proof:
         The gap between the code and the model is what the model does not see; the next plan may
         use the budget less that gap. Where the gap was allowed for already, aim visibly lower.
         """
-        if self.planned_peak_bytes is not None and self.emitted is not None:
-            gap = self.emitted.peak_bytes - self.planned_peak_bytes
+        if self.planned_peak_bytes is not None and self.emitted_peak_bytes is not None:
+            gap = self.emitted_peak_bytes - self.planned_peak_bytes
             if gap > margin_bytes:
                 return gap + gap // 64
         return margin_bytes + self.overshoot_bytes + (self.limit_bytes or 0) // 64
@@ -94,14 +109,16 @@ class Proof:
 
 def recall(key: str, codes: Sequence[str]) -> Proof | None:
     """The proof that ``remember`` kept, if it did and the file can be read."""
+    body = kept(_path(key, codes))
+    if body is None:
+        return None
     try:
-        body = json.loads(_path(key, codes).read_text(encoding="utf-8"))
         certificate = body.pop("certificate")
         if isinstance(certificate, dict):
             timeline = Timeline.from_dict(certificate.pop("timeline"))
             certificate = Certificate(**certificate, timeline=timeline)
         return Proof(certificate, **body)
-    except (OSError, ValueError, TypeError, AttributeError, LookupError):
+    except (ValueError, TypeError, AttributeError, LookupError):  # another version's
         return None
 
 
@@ -112,7 +129,7 @@ def remember(key: str, codes: Sequence[str], proof: Proof) -> None:
     body = asdict(proof)
     if proof.emitted is not None:
         body["certificate"]["timeline"] = proof.emitted.timeline.to_dict()
-    write_atomic(str(_path(key, codes)), json.dumps(body), make_dirs=True)
+    keep(_path(key, codes), body)
 
 
 def _path(key: str, codes: Sequence[str]) -> Path:

@@ -205,8 +205,8 @@ class Splitter:
 
         With none they stay as far below its peak as they would below a budget.
         """
-        peak = outcome.chosen.peak_bytes
-        aim, below = self._aim(outcome.limit_bytes) or peak, self._aim(peak) or peak
+        peak, own = outcome.chosen.peak_bytes, outcome.chosen.liveness.peak_bytes
+        aim, below = self._aim(outcome.limit_bytes) or peak, self._aim(own) or own
         grown = [outcome]
 
         def fits() -> bool:
@@ -244,7 +244,7 @@ class Splitter:
         away = [form for form in forms if isinstance(form, Offload | OffloadToFiles)]
         links = {form.kind: form.link(cost.device) for form in away}
         error = max((form.error for form in forms if isinstance(form, Compress)), default=0.0)
-        problem = Problem(joint, cost, links, error)
+        problem = Problem(joint, cost, links, error, self.config.repeats)
         search = Search(
             problem,
             fastest=None

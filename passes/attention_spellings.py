@@ -257,11 +257,12 @@ def _with_probabilities(product: Contraction, node: fx.Node) -> Contraction | No
 
 
 def _dropped(node: fx.Node) -> float | None:
-    """The share that a dropout drops; None where a node is none."""
+    """The share that a dropout drops, 1 where that is known at run time; None of another node."""
     if name_of(node) not in ("dropout", "dropout_"):
         return None
     own = {"p": 0.5, "training": True} | arguments(node, "input p training inplace")
-    return float(own["p"]) if own["training"] else 0.0
+    share = own["p"] if own["training"] else 0.0
+    return float(share) if isinstance(share, (int, float)) else 1.0
 
 
 def _keeps_matrices(node: fx.Node) -> bool:

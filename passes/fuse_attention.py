@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from memopt._torch import is_traceable_wrapper_subclass, size_hint
+from memopt._torch import is_traceable_wrapper_subclass, size_expr, size_hint
 from memopt.emit import emit, same_shape, shape_of, traced
 from memopt.graph import source_line
 from memopt.passes.attention_masks import Told, told
@@ -100,7 +100,7 @@ def _reason_against(found: WrittenOut) -> str:
         return "it is distributed, or of another tensor subclass"
     if len(shape_of(last)) > 4 or len(found.heads) > 2:
         return f"it has {len(shape_of(last))} dimensions"
-    several = {lead[1:] for lead in found.scores.leads if len(lead) > 1}
+    several = {tuple(map(size_expr, lead[1:])) for lead in found.scores.leads if len(lead) > 1}
     if len(several) > 1 or not all(isinstance(n, int) for (n,) in several):
         return "its heads are not told from its batch"
     for node in sorted(found.inner):

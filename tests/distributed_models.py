@@ -1,13 +1,14 @@
 """A small decoder, its ways to be distributed, and some steps of training on each rank."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -20,6 +21,10 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
+
+from bench.meter import Meter
+from memopt.backend import compile_graph, read_options
+from memopt.record import GraphRecord
 
 VOCABULARY, WIDTH, HEAD_WIDTH = 1024, 128, 32
 
@@ -110,6 +115,33 @@ def parallelise(model: Decoder, mesh: DeviceMesh, *, rows: bool, classes: bool) 
     return model
 
 
+class OfAllRows(torch.autograd.Function):
+    """A product whose weight's gradient is of the rows of all ranks, gathered in the backward.
+
+    The rows are no gradients: a compiler could gather them as soon as in the forward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        group = torch.distributed.group.WORLD
+        assert group is not None
+        rows, whole = (collectives.all_gather_tensor(each, 0, group) for each in (x, gradients[0]))
+        return gradients[0] @ weight.t(), rows.sin().t() @ whole
+
+
+def of_all_rows(x: Tensor, *weights: Tensor) -> Tensor:
+    """A chain of such products."""
+    for weight in weights:
+        x = OfAllRows.apply(x, weight).tanh()  # type: ignore[no-untyped-call]
+    return x.sum()
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a model is distributed.
@@ -120,6 +152,8 @@ class Layout:
         rows: as for `parallelise`.
         classes: as for `parallelise`.
         ragged: whether the second rank has longer sequences, and other tokens, than the first.
+        growing: whether it has so only from the second step on.
+        length: of a sequence; longer ones have half as many tokens more.
     """
 
     kind: str
@@ -127,6 +161,8 @@ class Layout:
     rows: bool = False
     classes: bool = False
     ragged: bool = False
+    growing: bool = False
+    length: int = 32
 
 
 def distributed(layout: Layout, compiled: Callable[[Any], Any]) -> tuple[nn.Module, Any]:
@@ -156,28 +192,49 @@ def tokens_of(step: int, layout: Layout, rank: int) -> Tensor:
     """The batch of a step: with tensor parallelism the same for ranks that share one."""
     data = {"tp": 0, "fsdp+tp": rank // 2}.get(layout.kind, rank)
     generator = torch.Generator().manual_seed(100 * step + data)
-    length = 48 if layout.ragged and data else 32
+    longer = layout.ragged or (layout.growing and step > 0)
+    length = layout.length * 3 // 2 if longer and data else layout.length
     return torch.randint(VOCABULARY, (2, length), generator=generator)
 
 
+def compiled_with(
+    options: Mapping[str, object] | None, saved: list[set[str]] | None = None
+) -> Callable[[Any], Any]:
+    """What compiles a function by memopt; without options, what leaves it to eager.
+
+    Args:
+        options: for memopt.
+        saved: takes the names of what each graph saves.
+    """
+    if options is None:
+        return lambda target: target
+    config = read_options(options)
+
+    def observe(record: GraphRecord) -> None:
+        if saved is not None:
+            saved.append(set(record.plan.saved if record.plan else ()))
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        return compile_graph(gm, inputs, config, observe)
+
+    return lambda target: torch.compile(target, backend=backend, dynamic=False)
+
+
 def train(
-    layout: Layout, options: Mapping[str, object] | None, steps: int = 2
+    layout: Layout,
+    options: Mapping[str, object] | None,
+    saved: list[set[str]] | None = None,
+    steps: int = 2,
 ) -> tuple[list[float], list[Tensor]]:
     """Losses of some steps, and the gradients of the last; without options by eager.
 
     Args:
         layout: how.
         options: for memopt.
+        saved: takes the names of what each graph saves.
         steps: of plain gradient descent.
     """
-
-    def compiled(target: Any) -> Any:
-        if options is None:
-            return target
-        own: Any = dict(options)
-        return torch.compile(target, backend="memopt", options=own, dynamic=False)
-
-    model, run = distributed(layout, compiled)
+    model, run = distributed(layout, compiled_with(options, saved))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
     losses, rank = [], torch.distributed.get_rank()
     for step in range(steps):
@@ -197,3 +254,39 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _own(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_step(
+    blocks: int, batch: int, length: int, options: Mapping[str, object]
+) -> tuple[int, int, int]:
+    """A step of blocks under FSDP2, compiled one by one: what is measured and what was planned.
+
+    Returns:
+        The rank's peak in bytes, the planned one of the blocks, and parameters of a block.
+    """
+    torch.manual_seed(0)
+    records: list[GraphRecord] = []
+    config = read_options({**options, "repeats": blocks})
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        return compile_graph(gm, inputs, config, records.append)
+
+    model = nn.Sequential(*(Block() for _ in range(blocks)))
+    (parameters, *_) = (sum(p.numel() for p in block.parameters()) for block in model)
+    for block in model:
+        block.compile(backend=backend, dynamic=False)
+        fully_shard(block)
+    fully_shard(model)
+    x = torch.randn(batch, length, WIDTH)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        model(x.detach().requires_grad_()).sum().backward()
+
+    for _ in range(2):
+        step()
+    model.zero_grad(set_to_none=True)
+    with Meter() as meter:
+        model(x.detach().requires_grad_()).sum().backward()
+    (record,) = records
+    return meter.peak_bytes, record.predicted_peak_bytes, parameters

@@ -4,6 +4,7 @@ import importlib
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,10 +82,53 @@ def ranks(world: int) -> Iterator[Ranks]:
             started.close()
 
 
-def _serve(pipe: Connection, rank: int, world: int, store: Path) -> None:
+def ends(world: int, function: Callable[..., Any], *arguments: object) -> list[str]:
+    """The errors that end the processes of ranks, as a launcher without a watch leaves them.
+
+    Raises:
+        AssertionError: a rank is still there after `TIMEOUT_SECONDS`, or it raised nothing.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*_PRELOADED])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        processes = []
+        for rank in range(world):
+            own = (function.__module__, function.__qualname__, arguments)
+            process = context.Process(target=_raise, args=(rank, world, folder, *own))
+            process.start()
+            processes.append(process)
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
+        for process in processes:
+            process.kill()
+            process.join()
+        assert not hanging, f"ranks {hanging} hang"
+        return [(folder / f"{rank}.txt").read_text() for rank in range(world)]
+
+
+def _raise(
+    rank: int, world: int, folder: Path, module: str, name: str, arguments: tuple[object, ...]
+) -> None:
+    _join(rank, world, folder / "store")
+    error = ""
+    try:
+        getattr(importlib.import_module(module), name)(*arguments)
+    except Exception:
+        error = traceback.format_exc()
+    (folder / f"{rank}.txt").write_text(error)
+
+
+def _join(rank: int, world: int, store: Path) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+
+
+def _serve(pipe: Connection, rank: int, world: int, store: Path) -> None:
+    _join(rank, world, store)
     while True:
         try:
             module, name, arguments = pipe.recv()

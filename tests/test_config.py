@@ -25,6 +25,7 @@ EVERY_OPTION = {
     "device": "H100",
     "solver": "exact",
     "solver_seconds": 2,
+    "repeats": 32,
     "mode": "max-autotune",
     "inductor": {"max_fusion_size": 8, "fusion_options": {"batch": {"min_size": [2]}}},
     "plan": Path("plan.json"),
@@ -55,6 +56,7 @@ def test_every_option_is_read() -> None:
     assert config.device == "H100"
     assert config.solver == "exact"
     assert config.solver_seconds == 2.0
+    assert config.repeats == 32
     assert config.mode == "max-autotune"
     assert config.inductor.to_dict() == EVERY_OPTION["inductor"]
     assert config.plan == "plan.json"
@@ -141,6 +143,10 @@ def test_options_that_are_no_mapping_are_refused(options: object) -> None:
         ("solver_seconds", True, "finite"),
         ("solver_seconds", "5", "finite"),
         ("solver_seconds", None, "finite"),
+        ("repeats", 0, "an int of at least 1"),
+        ("repeats", True, "an int of at least 1"),
+        ("repeats", 2.0, "an int of at least 1"),
+        ("repeats", "8", "an int of at least 1"),
         ("inductor", None, "a mapping"),
         ("inductor", ["max_autotune"], "a mapping"),
         ("passes", "chunk_losses", "a mapping"),

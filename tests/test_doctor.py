@@ -106,7 +106,7 @@ def test_on_another_torch_the_doctor_says_what_is_wrong(tmp_path: Path) -> None:
     environment = other_torch(tmp_path, "2.4.1")
     run = memopt_with(environment, "doctor", "--json")
     assert run.returncode == 1
-    assert run.stderr == ""
+    assert "UserWarning: torch 2.4.1 is installed" in run.stderr  # of the import
     body = json.loads(run.stdout)
     found = {finding["name"]: finding for finding in body["findings"]}
     assert found["torch"]["state"] == "fault"
@@ -122,7 +122,7 @@ def test_on_another_torch_other_commands_say_so_in_one_line(
     (tmp_path / "m.py").write_text("def f():\n    return None\n")
     run = memopt_with(other_torch(tmp_path, "2.4.1"), *command)
     assert run.returncode == 1
-    (line,) = run.stderr.strip().splitlines()
+    *_, line = run.stderr.strip().splitlines()  # behind the import's warning
     assert line.startswith("memopt: torch 2.4.1 is installed, but memopt")
 
 
@@ -166,6 +166,14 @@ def test_on_another_torch_nothing_that_needs_it_is_imported(code: str, tmp_path:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert "UnsupportedVersionError: torch 2.14.0 is installed" in run.stderr
+
+
+def test_importing_memopt_on_another_torch_warns(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "import memopt"],
+        env=other_torch(tmp_path, "2.14.0"), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "UserWarning: torch 2.14.0 is installed, but memopt" in run.stderr
 
 
 def test_a_torch_that_cannot_be_imported_is_a_fault() -> None:

@@ -14,12 +14,12 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[str, ...] = (
     "errors lazy memory planner rows",
     "_versions",
-    "_torch remarks terminal units memory.timeline rows.index",
-    "progress lazy.stamps rows.ir",
+    "_torch remarks terminal units cli.findings memory.timeline rows.index",
+    "progress stored lazy.stamps rows.ir",
     "budget device emit fusion graph paths plan stock attention.calls "
     "attention.influence attention.rules attention.runs cache.codes cache.rows cache.shape "
     "cache.store cli.asked "
-    "cli.benching cli.findings lazy.rows memory.ledger memory.meter rows.body",
+    "cli.benching lazy.rows memory.ledger memory.meter rows.body",
     "_transformers config joint kernels record attention.layers lazy.rules rows.nodes rows.rules "
     "rows.tiling",
     "losses trials attention.profile attention.view cache.layer lazy.logits memory.lives "

@@ -30,9 +30,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 TOPS = {"memopt": "memopt", "memopt.passes": "passes", "memopt.kernels": "kernels"}
-FOLDERS = {
-    package: TOPS.get(package, package.replace(".", "/")) for package in SETUPTOOLS["packages"]
-}
+FOLDERS = {name: TOPS.get(name, name.replace(".", "/")) for name in SETUPTOOLS["packages"]}
 
 
 def python(code: str) -> str:

@@ -61,6 +61,12 @@ def test_the_next_margin_is_the_gap_or_visibly_more_where_that_was_allowed_for()
     assert PROOF.next_margin_bytes(120) == 120 + 100 + 900 // 64
 
 
+def test_what_the_others_hold_is_in_the_peak_of_the_code() -> None:
+    proof = dataclasses.replace(PROOF, others=2, saved_bytes=300, output_bytes=50)
+    assert proof.emitted_peak_bytes == 1000 + 2 * 350
+    assert proof.overshoot_bytes == 800
+
+
 def test_nothing_is_known_to_be_over_without_a_bound_or_a_certificate() -> None:
     assert dataclasses.replace(PROOF, limit_bytes=None).overshoot_bytes == 0
     assert dataclasses.replace(PROOF, certificate="it reads a value").overshoot_bytes == 0

@@ -36,6 +36,8 @@ def tables(draw: st.DrawFn) -> Tables:
         saved_bytes=-np.sort(-saved, axis=1),
         forward_bytes=saved + column(10) * MIB,
         backward_bytes=saved + column(20) * MIB,
+        others=draw(st.integers(0, 2)),
+        output_bytes=draw(st.integers(0, 3)) * MIB,
     )
 
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from memopt.attention import FULL, Elastic, SpanPlan
 from memopt.attention.layers import visible
-from memopt.attention.plan import KIND, _hash
+from memopt.attention.plan import KIND
 from memopt.attention.rules import distinct, from_dict
 from memopt.errors import ConfigError, PlanError
+from memopt.stored import signature
 from tests.span_models import HALF, SHORT, plan_for
 
 PLAN = plan_for(
@@ -68,7 +69,7 @@ def signed(change: Any) -> str:
     body = json.loads(PLAN.to_json())
     del body["hash"]
     change(body)
-    return json.dumps({**body, "hash": _hash(body)})
+    return json.dumps({**body, "hash": signature(body)})
 
 
 def without(name: str) -> Any:

@@ -5,12 +5,10 @@ that was cut off, or edited by hand, is no plan.
 """
 
 import dataclasses
-import hashlib
 import io
 import json
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from memopt.attention.layers import LayerSpans, LengthLoss, computed, density, m
 from memopt.attention.rules import from_dict, to_dict
 from memopt.attention.view import draw, layer_table, length_table
 from memopt.errors import ConfigError, PlanError
+from memopt.stored import count, number, parse, read_plan_text, signature, some_list, text_of
 
 SCHEMA = 1
 KIND = "memopt span plan"
@@ -94,7 +93,7 @@ class SpanPlan:
             "losses": [dataclasses.asdict(row) for row in self.losses],
             "layers": [_layer_dict(layer) for layer in self.layers],
         }
-        return json.dumps({**body, "hash": _hash(body)}, indent=1)
+        return json.dumps({**body, "hash": signature(body)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "SpanPlan":
@@ -103,20 +102,19 @@ class SpanPlan:
         Raises:
             PlanError: the text is no plan of spans, of another schema, cut off or edited.
         """
-        try:
-            body = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise PlanError(f"not a plan of spans: not JSON ({error}); {_WHERE}") from error
+        body = parse(text, "plan of spans", _WHERE)
         if not isinstance(body, Mapping) or body.get("kind") != KIND:
             seen = body.get("kind") if isinstance(body, Mapping) else type(body).__name__
-            raise PlanError(f"not a plan of spans: its kind is {seen!r}, not {KIND!r}; {_WHERE}")
+            raise PlanError(
+                f"not a plan of spans: its kind is {seen!r:.100}, not {KIND!r}; {_WHERE}"
+            )
         if body.get("schema") != SCHEMA:
             raise PlanError(
-                f"the plan's schema is {body.get('schema')!r}, this version reads {SCHEMA}: "
+                f"the plan's schema is {body.get('schema')!r:.100}, this version reads {SCHEMA}: "
                 "calibrate again"
             )
         rest = {name: value for name, value in body.items() if name != "hash"}
-        if body.get("hash") != _hash(rest):
+        if body.get("hash") != signature(rest):
             raise PlanError(
                 "the plan was changed after it was written: its hash is another; take the file "
                 "as it was written, or calibrate again"
@@ -142,11 +140,7 @@ class SpanPlan:
         Raises:
             PlanError: there is no such file, or it is no plan of spans.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"cannot read the plan {os.fspath(path)!r}: {error}") from error
-        return cls.from_json(text)
+        return cls.from_json(read_plan_text(path))
 
     def plot(self, path: str | os.PathLike[str] = "spans.png") -> Path:
         """Draw the spans and errors of all heads, and the loss at every length.
@@ -190,11 +184,6 @@ class SpanPlan:
 _PLAIN = ("sinks", "block", "budget", "guard", "lengths", "data_hash", "objective")
 
 
-def _hash(body: Mapping[str, object]) -> str:
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
 def _layer_dict(layer: LayerSpans) -> dict[str, object]:
     body: dict[str, object] = {
         field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)
@@ -204,27 +193,27 @@ def _layer_dict(layer: LayerSpans) -> dict[str, object]:
 
 def _read(body: Mapping[str, Any]) -> SpanPlan:
     return SpanPlan(
-        layers=tuple(_read_layer(layer) for layer in _list(body["layers"])),
-        sinks=_count(body["sinks"], least=0),
-        block=_count(body["block"]),
-        budget=_number(body["budget"]),
-        guard=_number(body["guard"]),
-        lengths=tuple(_count(n) for n in _some(body["lengths"])),
-        data_hash=_text(body["data_hash"]),
-        losses=tuple(_read_loss(row) for row in _some(body["losses"])),
-        objective=_text(body["objective"]),
+        layers=tuple(_read_layer(layer) for layer in some_list(body["layers"])),
+        sinks=count(body["sinks"], least=0),
+        block=count(body["block"]),
+        budget=number(body["budget"]),
+        guard=number(body["guard"]),
+        lengths=tuple(count(n) for n in some_list(body["lengths"], 1)),
+        data_hash=text_of(body["data_hash"]),
+        losses=tuple(_read_loss(row) for row in some_list(body["losses"], 1)),
+        objective=text_of(body["objective"]),
     )
 
 
 def _read_layer(body: Mapping[str, Any]) -> LayerSpans:
     layer = LayerSpans(
-        name=_text(body["name"]),
-        query_heads=_count(body["query_heads"]),
-        heads=_count(body["heads"]),
-        width=_count(body["width"]),
-        scale=_number(body["scale"]),
-        rules=tuple(from_dict(rule) for rule in _list(body["rules"])),
-        errors=tuple(_number(error) for error in _list(body["errors"])),
+        name=text_of(body["name"]),
+        query_heads=count(body["query_heads"]),
+        heads=count(body["heads"]),
+        width=count(body["width"]),
+        scale=number(body["scale"]),
+        rules=tuple(from_dict(rule) for rule in some_list(body["rules"])),
+        errors=tuple(number(error) for error in some_list(body["errors"])),
     )
     if layer.query_heads % layer.heads:
         raise ValueError(f"{layer.query_heads} heads of queries read {layer.heads} of keys")
@@ -240,38 +229,8 @@ def _read_layer(body: Mapping[str, Any]) -> LayerSpans:
 
 def _read_loss(body: Mapping[str, Any]) -> LengthLoss:
     return LengthLoss(
-        length=_count(body["length"]),
-        full=_number(body["full"]),
-        sparse=_number(body["sparse"]),
-        batches=_count(body["batches"]),
+        length=count(body["length"]),
+        full=number(body["full"]),
+        sparse=number(body["sparse"]),
+        batches=count(body["batches"]),
     )
-
-
-def _list(value: object) -> Sequence[Any]:
-    if not isinstance(value, list):
-        raise TypeError(f"{value!r} is no list")
-    return value
-
-
-def _some(value: object) -> Sequence[Any]:
-    if not _list(value):
-        raise ValueError("a list is empty")
-    return _list(value)
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value
-
-
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise TypeError(f"{value!r} is no finite number")
-    return float(value)
-
-
-def _count(value: object, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise TypeError(f"{value!r} is no number from {least} on")
-    return value

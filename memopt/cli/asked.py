@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from memopt.errors import ConfigError
+from memopt.errors import ConfigError, shown
 
 Maker = Callable[..., Any]
 
@@ -23,7 +23,7 @@ def function_of(path: str) -> Maker:
         sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"{path!r} names no function: {error}; write module:function") from error
     if not callable(found):
         raise ConfigError(f"{path!r} is no function but {found!r}; write module:function")
@@ -62,10 +62,13 @@ def options_of(text: str, budget: str | None) -> dict[str, Any]:
     """
     try:
         options = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"--options {text!r} is no JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"--options {shown(text)} is no JSON: {error}; allowed is an object, such as "
+            """'{"lowering": "eager"}'"""
+        ) from error
     if not isinstance(options, dict):
-        raise ConfigError(f"--options {text!r}: allowed is an object")
+        raise ConfigError(f"--options {shown(text)}: allowed is a JSON object")
     if budget is not None:
         options["memory_budget"] = number_of(budget)
     return options

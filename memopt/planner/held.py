@@ -19,12 +19,14 @@ class FormLimits:
         links: to where values may be held off the device, by the kind of form; the nearest first.
         error: bound on the gradient's error, over its norm, by values that come back rounded.
         save_bytes: bytes that saving each node costs.
+        graphs: how many of the same plan share what the links' ends may hold.
     """
 
     joint: JointGraph
     links: Mapping[str, Link]
     error: float
     save_bytes: Sequence[float]
+    graphs: int = 1
 
     def admit(self, saved: frozenset[int]) -> frozenset[int]:
         """The same saved set, with values in other forms as far as all bounds allow."""
@@ -43,7 +45,7 @@ class FormLimits:
                 continue
             further = {e.source: e for e in self._offered(kinds[at + 1 :])}
             here = [e for e in self._offered([kind]) if e.encoded in saved]
-            left = float(limit)
+            left = limit / self.graphs
             for encoding in reversed(here) if further else here:
                 if encoding.host_nbytes <= left:
                     left -= encoding.host_nbytes

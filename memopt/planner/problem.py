@@ -25,7 +25,7 @@ class Candidate:
     Attributes:
         saved: joint-graph indices of the saved nodes.
         liveness: who is alive when.
-        peak_bytes: the highest live bytes of the step.
+        peak_bytes: the highest live bytes of the step, those of the graph's repeats with them.
         seconds: time spent on recomputation and on writing and reading what is saved.
         recompute_seconds: the part of it that is recomputation.
         stall_seconds: the part of it that the step waits for copies to and from the host.
@@ -51,12 +51,19 @@ class Problem:
         links: to where values may be held off the device, by the kind of form; the nearest first.
         error: bound on the gradient's error, over its norm, by values that do not come back as
             they were.
+        repeats: as in `Config`.
     """
 
     joint: JointGraph
     cost: CostModel
     links: Mapping[str, Link] = field(default_factory=dict)
     error: float = 0.0
+    repeats: int = 1
+
+    @property
+    def others(self) -> int:
+        """How many repeats hold what they saved while the last one runs."""
+        return self.repeats - 1 if self.joint.backward_outputs else 0
 
     @cached_property
     def seconds(self) -> list[float]:
@@ -164,13 +171,14 @@ class Problem:
             copies = {e: self.link_seconds(e) if waits else 0.0 for e in away}
             schedule, stall = place_copies(schedule, copies, self.seconds)
         liveness = analyse(schedule, self.workspace, fused=self.cost.fused)
+        held = self.others * (liveness.saved_bytes + liveness.output_bytes)
         recompute = sum(self.seconds[i] for i in schedule.recomputed)
         traffic = self.cost.traffic_seconds(liveness.saved_bytes)
         coding = sum(self.encoding_seconds.get(i, 0.0) for i in schedule.saved)
         return Candidate(
             schedule.saved,
             liveness,
-            liveness.peak_bytes,
+            liveness.peak_bytes + held,
             recompute + traffic + coding + stall,
             recompute,
             stall,
@@ -179,7 +187,7 @@ class Problem:
 
     @cached_property
     def _limits(self) -> FormLimits:
-        return FormLimits(self.joint, self.links, self.error, self.save_bytes)
+        return FormLimits(self.joint, self.links, self.error, self.save_bytes, 1 + self.others)
 
     @cached_property
     def encoding_seconds(self) -> dict[int, float]:

@@ -30,6 +30,8 @@ class Tables:
         saved_bytes: bytes that region ``r`` holds across the boundary at level ``l``.
         forward_bytes, backward_bytes: peak while region ``r`` runs, less what earlier regions
             have saved.
+        others: how many repeats of the graph hold what they saved while it runs.
+        output_bytes: what each of them returned.
     """
 
     levels: Sequence[Candidate]
@@ -40,6 +42,8 @@ class Tables:
     saved_bytes: npt.NDArray[np.float64]
     forward_bytes: npt.NDArray[np.float64]
     backward_bytes: npt.NDArray[np.float64]
+    others: int = 0
+    output_bytes: int = 0
 
     def mix(self, choice: Sequence[int]) -> frozenset[int]:
         """The saved set that takes level ``choice[r]`` in region ``r``."""
@@ -72,7 +76,8 @@ class Tables:
         saved = self.saved_bytes[rows, choice]
         before = np.cumsum(saved) - saved
         own = np.maximum(self.forward_bytes[rows, choice], self.backward_bytes[rows, choice])
-        return float(np.max(before + own))
+        held = self.others * (saved.sum() + self.output_bytes)
+        return float(np.max(before + own) + held)
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,19 @@ def tabulate(
         ahead, behind = _phase_peaks(level, region_of, regions)
         forward[:, column] = ahead - before
         backward[:, column] = behind - before
-    return Tables(levels, region_of, seconds, away, running, saved, forward, backward)
+    outputs = levels[0].liveness.output_bytes if levels else 0
+    return Tables(
+        levels,
+        region_of,
+        seconds,
+        away,
+        running,
+        saved,
+        forward,
+        backward,
+        problem.others,
+        outputs,
+    )
 
 
 def _phase_peaks(

@@ -146,6 +146,8 @@ class Search:
         live = liveness.live_bytes
         peak = live.index(max(live)) if live else 0
         alive = {s for s, first, last in liveness.lives if first <= peak <= last}
+        if problem.others:  # of the others, all that is saved is alive
+            alive |= problem.saved_storages(candidate.saved)
         drop = [i for i in candidate.saved if not alive.isdisjoint(joint.storage_of[i])]
         savable = [
             i

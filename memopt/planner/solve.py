@@ -79,14 +79,15 @@ def _milp(
     """Which level each region takes.
 
     Variables: ``z[r, l]`` in {0, 1}; the peak in MiB; seconds waited for copies to the host, and
-    back. Rows: one level per region; the peak of every phase; the copies of what regions from
-    each on hold on the host, and the time that the step runs beside them.
+    back. Rows: one level per region; the peak of every phase, and what repeats hold; the copies of
+    what regions from each on hold on the host, and the time that the step runs beside them.
     """
     regions, levels = cost.shape
     size = regions * levels
     unit = 2.0**20
     one = csr_array(np.kron(np.eye(regions), np.ones((1, levels))))
-    before = np.kron(np.tril(np.ones((regions, regions)), -1), np.ones((1, levels)))
+    before = np.tril(np.ones((regions, regions)), -1) + tables.others
+    before = np.kron(before, np.ones((1, levels)))
     before *= tables.saved_bytes.reshape(1, size)
     rows = []
     for own in (tables.forward_bytes, tables.backward_bytes):
@@ -100,7 +101,11 @@ def _milp(
     peak, out, back = (csr_array(-np.eye(3)[[row] * regions]) for row in range(3))
     constraints = [
         LinearConstraint(hstack([one, csr_array((regions, 3))]), 1, 1),
-        LinearConstraint(hstack([peaks, vstack([peak, peak])]), -np.inf, 0),
+        LinearConstraint(
+            hstack([peaks, vstack([peak, peak])]),
+            -np.inf,
+            -tables.others * tables.output_bytes / unit,
+        ),
     ]
     if tables.link_seconds.any():
         waits = hstack([vstack([copied, copied]), vstack([out, back])])

@@ -353,6 +353,19 @@ def test_what_is_something_else_is_left_alone(form: Form, why: str) -> None:
     assert_left(form, [x.requires_grad_() for x in draw()], why)
 
 
+def test_a_share_that_is_known_at_run_time_alone_is_left_alone() -> None:
+    """With ``dynamic=True`` Dynamo makes an input of every float, a dropout's among them."""
+    share = 0.0
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.dropout((q @ k.mT).softmax(-1), share) @ v
+
+    options = {"lowering": "eager", "strict": True}
+    step = torch.compile(function, backend="memopt", options=options, dynamic=True)
+    given = [x.double() for x in draw()]
+    torch.testing.assert_close(step(*given), function(*given), rtol=1e-12, atol=1e-12)
+
+
 def test_a_bias_that_is_trained_is_left_alone_and_a_fixed_one_is_not() -> None:
     def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         return (q @ k.mT + bias).softmax(-1) @ v

@@ -1,0 +1,382 @@
+"""Files that were cut off, edited, of something else or no files: refused, or made again."""
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import memopt
+from memopt._torch import BackendCompilerFailed
+from memopt.attention import SpanPlan
+from memopt.backend import read_options
+from memopt.errors import PlanError
+from memopt.kernels.measured import fastest
+from memopt.outcome import read_plan
+from memopt.plan import Plan
+from memopt.stored import keep, kept
+from tests.graphs import assert_same, seeded
+from tests.test_packaging import ROOT
+from tests.test_span_plan import PLAN as SPANS
+
+PLAN = Plan(
+    fingerprint="0123456789abcdef",
+    saved=("mm", "tanh_1"),
+    peak_bytes=4096,
+    seconds=0.25,
+    budget_bytes=8192,
+    solver="exact",
+    chunk_rows={"linear_cross_entropy": 16},
+    cut={"mul": 2},
+)
+TEXT = PLAN.to_json()
+READERS: dict[str, Callable[[str], object]] = {"plan": read_plan, "spans": SpanPlan.load}
+
+
+def test_a_plan_that_was_cut_off_anywhere_is_no_plan() -> None:
+    for at in range(len(TEXT)):
+        with pytest.raises(PlanError):
+            Plan.from_json(TEXT[:at])
+
+
+@given(st.integers(0, len(TEXT) - 1), st.integers(0, 6))
+def test_a_plan_with_a_bit_flipped_is_another_plan_or_none(at: int, bit: int) -> None:
+    flipped = TEXT[:at] + chr(ord(TEXT[at]) ^ 1 << bit) + TEXT[at + 1 :]
+    try:
+        plan = Plan.from_json(flipped)
+    except PlanError:
+        return
+    assert Plan.from_json(plan.to_json()) == plan
+    assert plan.peak_bytes >= 0
+
+
+WRONG: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    1.5,
+    "3",
+    [],
+    {},
+    [1],
+    {"mm": 1.5},
+    {"mm": -1},
+    {"mm": None},
+    float("nan"),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("fingerprint", (str,)),
+        ("saved", (list,)),
+        ("peak_bytes", (int,)),
+        ("seconds", (int, float)),
+        ("budget_bytes", (int, type(None))),
+        ("solver", (str,)),
+        ("chunk_rows", (dict,)),
+        ("cut", (dict,)),
+    ],
+)
+def test_a_field_of_another_type_or_out_of_range_is_refused(
+    name: str, allowed: tuple[type, ...]
+) -> None:
+    body = json.loads(TEXT)
+    for value in WRONG:
+        if type(value) in allowed and repr(value) in ("None", "1.5", "'3'", "[]", "{}"):
+            continue
+        with pytest.raises(PlanError, match="malformed"):
+            Plan.from_json(json.dumps({**body, name: value}))
+    if name != "cut":  # which earlier plans have not
+        del body[name]
+        with pytest.raises(PlanError, match=name):
+            Plan.from_json(json.dumps(body))
+
+
+@pytest.mark.parametrize("number", ["1e999", "-Infinity", "NaN", "1" * 5000])
+@pytest.mark.parametrize("name", ["peak_bytes", "seconds", "budget_bytes"])
+def test_a_number_that_is_none_is_refused(name: str, number: str) -> None:
+    marked = json.dumps({**json.loads(TEXT), name: "?"})
+    with pytest.raises(PlanError):
+        Plan.from_json(marked.replace('"?"', number))
+
+
+def a_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def a_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def nothing(path: Path) -> None:
+    pass
+
+
+def a_loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def an_empty_file(path: Path) -> None:
+    path.touch()
+
+
+def a_large_file(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 10**8)
+
+
+def deep_nesting(path: Path) -> None:
+    path.write_text("[" * 10**6)
+
+
+def no_text(path: Path) -> None:
+    path.write_bytes(b"\xff\xfe\x00" + bytes(range(256)))
+
+
+FILES = (a_folder, a_pipe, nothing, a_loop, an_empty_file, a_large_file, deep_nesting, no_text)
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("make", FILES)
+def test_what_is_no_plan_is_refused_by_name_or_for_its_text(
+    make: Callable[[Path], None], reader: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.json"
+    make(path)
+    with pytest.raises(PlanError, match="plan"):
+        READERS[reader](str(path))
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("path", ["/dev/zero", "a\0b", "x" * 5000, "\udcff", "/dev/null/plan"])
+def test_a_path_of_no_file_is_refused(path: str, reader: str) -> None:
+    with pytest.raises(PlanError, match="cannot read the plan"):
+        READERS[reader](path)
+
+
+def test_the_plan_of_one_kind_is_none_of_the_other(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    SPANS.save(path)
+    with pytest.raises(PlanError, match="plan again"):
+        read_plan(str(path))
+    path.write_text(TEXT)
+    with pytest.raises(PlanError, match="not a plan of spans"):
+        read_options({"passes": {"sparse_attention": {"plan": str(path)}}})
+
+
+def classified(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor]:
+    """A head with a chunked loss, behind a layer that is dropped out."""
+    h = F.dropout((x @ x).tanh(), 0.5, training=True).sigmoid()
+    return (F.cross_entropy(F.linear(h, w), torch.arange(16) % 7) + (h @ h).sin().sum(),)
+
+
+def by_memopt(**options: object) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    own: Any = {"lowering": "eager", "strict": True, **options}
+    return torch.compile(classified, backend="memopt", options=own)
+
+
+@functools.cache
+def replayed() -> tuple[Plan, tuple[str, ...]]:
+    """A plan of that function, and the names of values of its joint graph."""
+    options = {"lowering": "eager", "memory_budget": "min"}
+    (graph,) = memopt.explain(classified, *arguments(), options=options).graphs
+    assert graph.plan is not None
+    return graph.plan, tuple({row.name for row in graph.decisions} | {*graph.plan.saved})
+
+
+def assert_is_plan_error(error: object) -> None:
+    assert isinstance(error, PlanError), error
+
+
+def arguments() -> list[torch.Tensor]:
+    torch.manual_seed(5)
+    square = torch.randn(16, 16, dtype=torch.float64, requires_grad=True)
+    return [square, torch.randn(300, 16, dtype=torch.float64, requires_grad=True)]
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_a_plan_edited_into_another_one_gives_the_same_numbers(
+    number: int, tmp_path: Path
+) -> None:
+    """Whatever it says to save, to cut and to chunk; what cannot be done is refused."""
+    plan, names = replayed()
+    chosen = torch.randperm(len(names), generator=torch.Generator().manual_seed(number))
+    saved = tuple(names[i] for i in chosen[: 4 * number])
+    rows = dict.fromkeys(plan.chunk_rows, (0, 1, 5, 16, 10**9, 3)[number])
+    cut = {names[i]: 2 + number for i in chosen[:number]} | {"no_such_name": 2}
+    assert rows, "the loss is not chunked"
+    path = tmp_path / "plan.json"
+    for edited in (
+        dataclasses.replace(plan, saved=saved, chunk_rows=rows, cut={}),
+        dataclasses.replace(plan, cut=cut),
+    ):
+        path.write_text(edited.to_json())
+        expected = seeded(classified, arguments())
+        try:
+            actual = seeded(by_memopt(plan=str(path)), arguments())
+        except BackendCompilerFailed as error:  # cut otherwise it is another graph
+            assert_is_plan_error(error.inner_exception)
+        else:
+            assert_same(actual, expected)
+
+
+BODY = {"a": [1, 2.5, None], "b": {"c": "d"}}
+
+
+def test_a_cache_gives_back_what_it_was_given_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "entry.json"
+    assert kept(path) is None
+    keep(path, BODY)
+    assert kept(path) == BODY
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at])
+        assert kept(path) is None
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert kept(path) in (None, BODY)  # in white space nothing changes
+    for other in (b"[]", b"3", b"null", b"{}", b'{"hash": 1}', b"[" * 10**6, b"\xff"):
+        path.write_bytes(other)
+        assert kept(path) is None
+
+
+def test_a_cache_that_cannot_be_written_keeps_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "entry.json"
+    path.mkdir()
+    keep(path, BODY)
+    assert kept(path) is None
+    keep(tmp_path / "entry.json" / "a" / "b.json", BODY)
+    (tmp_path / "file").touch()
+    keep(tmp_path / "file" / "entry.json", BODY)
+    assert kept(tmp_path / "file" / "entry.json") is None
+
+
+def test_times_that_were_edited_are_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    measured: list[str] = []
+
+    def way(name: str, seconds: float) -> Callable[[], float]:
+        def run() -> float:
+            measured.append(name)
+            return seconds
+
+        return run
+
+    ways: Mapping[str, Any] = {"slow": way("slow", 2.0), "fast": way("fast", 1.0)}
+    assert fastest(("a question",), ways, torch.device("cpu")) == "fast"
+    assert fastest(("a question",), ways, torch.device("cpu")) == "fast"
+    assert measured == ["slow", "fast"]
+    (path,) = (tmp_path / "memopt").iterdir()
+    path.write_text('{"slow": NaN, "fast": "1"}')
+    assert fastest(("a question",), ways, torch.device("cpu")) == "fast"
+    assert measured == ["slow", "fast"] * 2
+
+
+_WRITES = """
+import sys
+from pathlib import Path
+from memopt.stored import keep, kept
+path = Path(sys.argv[1])
+for i in range(10**9):
+    keep(path, {"number": i, "numbers": [i] * 20_000})
+    body = kept(path)
+    assert body is not None and set(body["numbers"]) == {body["number"]}
+    if not i:
+        print("ready", flush=True)
+"""
+
+
+def test_processes_share_a_cache_and_one_that_is_killed_leaves_it_whole(tmp_path: Path) -> None:
+    path = tmp_path / "entry.json"
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", _WRITES, str(path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        for _ in range(2)
+    ]
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"  # its own first reading was right
+    for writer in writers:
+        for _ in range(20):
+            body = kept(path)
+            assert body is not None
+            assert set(body["numbers"]) == {body["number"]}
+        writer.kill()
+        writer.wait()
+        writer.stdout.close()  # type: ignore[union-attr]
+        body = kept(path)
+        assert body is not None
+        assert set(body["numbers"]) == {body["number"]}
+
+
+_COMPILES = """
+import torch
+import memopt
+from tests.graphs import gradients
+
+def function(x, w):
+    h = torch.nn.functional.dropout((x @ x).tanh(), 0.0)
+    return (torch.nn.functional.cross_entropy(h @ w.t(), torch.arange(16)),)
+
+torch.manual_seed(0)
+x = torch.randn(16, 16, requires_grad=True)
+w = torch.randn(300, 16, requires_grad=True)
+for budget in (0.9, "min"):
+    options = {"memory_budget": budget, "strict": True}
+    compiled = torch.compile(function, backend="memopt", options=options)
+    for mine, plain in zip(gradients(compiled(x, w), [x, w]), gradients(function(x, w), [x, w])):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-5)
+print("right")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_compile_into_one_cache_at_once(tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+    }
+
+    def started() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", _COMPILES],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=ROOT,
+        )
+
+    first, second = started(), started()
+    assert first.communicate()[0] == "right\n"
+    assert second.communicate()[0] == "right\n"
+    entries = list((tmp_path / "memopt").iterdir())
+    assert entries
+    assert all(kept(entry) is not None for entry in entries)
+    for entry in entries:
+        entry.write_bytes(entry.read_bytes()[:100])  # as if a process had died there
+    killed = started()
+    with pytest.raises(subprocess.TimeoutExpired):
+        killed.communicate(timeout=4)
+    killed.kill()
+    killed.communicate()
+    assert started().communicate()[0] == "right\n"
+    assert all(kept(entry) is not None for entry in entries)
