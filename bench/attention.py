@@ -176,7 +176,8 @@ def attention_section(rows: Iterable[Row]) -> str:
     for row in own:
         times = [row["seconds"].get(phase) for phase in ("forward", "both")]
         figures = [f"{1e3 * t:.0f}" if t is not None else "-" for t in times]
-        sizes = [f"{row[of] / 2**20:.1f}" for of in ("scratch_bytes", "kept_bytes")]
+        known = [row.get(of) for of in ("scratch_bytes", "kept_bytes")]  # older files lack some
+        sizes = [f"{nbytes / 2**20:.1f}" if nbytes is not None else "-" for nbytes in known]
         about = [f"{row['peer']}, N = {row['length']}", f"{row['share']:.3f}"]
         lines.append([*about, *figures, *sizes])
     columns = (

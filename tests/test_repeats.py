@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from bench.meter import Meter
 from memopt._torch import BackendCompilerFailed
-from memopt.planner.search import Search
 from memopt.planner.problem import Problem
+from memopt.planner.search import Search
 from tests.graphs import lowered, problem_of
 
 WIDTH, ROWS, BLOCKS = 8, 4096, 6
