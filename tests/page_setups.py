@@ -51,16 +51,21 @@ def attention() -> Names:
     return {"q": q, "k": k, "v": v, "spans": [4, 0], "sinks": [1, 0], "scale": 1 / math.sqrt(8)}
 
 
+def blocks() -> Names:
+    """A model of two blocks."""
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(2))
+    return {"model": model}
+
+
 def sharded() -> Names:
-    """A model of two blocks, in a group of one process."""
+    """The same, in a group of one process."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
     store: Any = getattr(dist, "HashStore")()  # noqa: B009, not in its stubs
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    model = nn.Module()
-    model.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(2))
-    return {"model": model, "fully_shard": fully_shard}
+    return blocks() | {"fully_shard": fully_shard}
 
 
 def trainer() -> Names:
@@ -153,6 +158,7 @@ SETUPS: Mapping[str, Callable[[], Names]] = {
     "README.md": training,
     "docs/index.md": training,
     "docs/banded-attention.md": attention,
+    "docs/budget.md": blocks,
     "docs/chunked-losses.md": head,
     "docs/debugging.md": training,
     "docs/distributed.md": sharded,

@@ -32,6 +32,18 @@ def test_every_page_is_in_the_navigation(page: str) -> None:
     assert f" {page}\n" in read("mkdocs.yml")
 
 
+def test_every_page_in_the_navigation_is_there() -> None:
+    listed = re.findall(r"[:-] ([\w/-]+\.md)$", read("mkdocs.yml"), re.M)
+    assert sorted(listed) == sorted(page.removeprefix("docs/") for page in PAGES if "/" in page)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_to_a_page_leads_to_one(page: str) -> None:
+    """What ``make docs`` says too, where it is installed."""
+    for link in re.findall(r"\]\(([\w./-]+\.md)(?:#[\w-]+)?\)", read(page)):
+        assert (ROOT / page).parent.joinpath(link).resolve().is_file(), link
+
+
 @pytest.mark.parametrize("name", sorted(set(memopt.__all__) - {"__version__"}))
 def test_every_public_name_is_in_the_reference(name: str) -> None:
     module = getattr(memopt, name).__module__

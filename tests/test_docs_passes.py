@@ -28,7 +28,7 @@ FOLDER = ROOT / "docs" / "passes"
 SOURCES = "".join(
     " ".join(path.read_text(encoding="utf-8").split())
     for folder in ("passes", "memopt")
-    for path in sorted((ROOT / folder).glob("*.py"))
+    for path in sorted((ROOT / folder).rglob("*.py"))
 )
 
 
