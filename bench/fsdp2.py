@@ -41,10 +41,10 @@ _WORDS = """\
 {model} of the zoo on {world} ranks of one machine, under `fully_shard` block by block; each block
 is compiled before it is sharded, and what is around the blocks runs in eager. Peaks are those of
 each rank, above what is resident when the step starts, with the parameters that are gathered. Of
-the half of Inductor's peak the blocks are given what is left when the {gathered:.1f} MiB that FSDP2
-gathers at a time are taken off, two blocks and what is in no block, and the {head:.1f} MiB that head
-and loss take in eager. `loss error` is the largest of {steps} steps of AdamW on all ranks, relative
-to eager FSDP2's loss.
+half of Inductor's peak the blocks get what is left without the {gathered:.1f} MiB that FSDP2
+gathers at a time, two blocks and what is in no block, and the {head:.1f} MiB that head and loss
+take in eager. `loss error` is the largest of {steps} steps of AdamW on all ranks, relative to
+eager's.
 """
 
 

@@ -11,7 +11,7 @@ from bench import scaling
 from bench.__main__ import main
 from bench.scaling import Fabric, Model, Part, Training, run
 from memopt.device import DEVICES
-from tests.distributed_models import sharded_step
+from tests.distributed_models import WIDTH, sharded_step
 from tests.ranks import Ranks, ranks
 
 SMALL = Model(
@@ -86,7 +86,9 @@ def test_the_bytes_are_those_of_two_ranks(two: Ranks, budget: str | None) -> Non
         training = Training(blocks=blocks, embedding=0, width_bytes=4, state_bytes=0)
         nothing = dataclasses.replace(block, parameters=0, peak_bytes=0)
         computed = training.rank_bytes(block, nothing, 2)
-        assert peak == pytest.approx(computed, rel=0.05)
+        # No one holds the last result here, and where little is kept one block is gathered.
+        spared = 4 * (4 * 256 * WIDTH + parameters)
+        assert computed - 1.05 * spared <= peak <= 1.01 * computed
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +140,7 @@ def test_the_command_writes_results_page_and_picture(
     page = (tmp_path / "docs" / "scaling.md").read_text()
     assert (tmp_path / "docs" / "assets" / "scaling.png").stat().st_size > 0
     table = page[page.index("| ranks | way") :]
-    assert table.count("\n| ") == len(rows)
+    assert table.count("\n| ") == 1 + len(rows)
     assert "{" not in page
 
 
