@@ -158,5 +158,5 @@ def test_a_square_of_ranks_trains_as_eager_does(classes: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [layout for layout, _ in LAYOUTS.values()], ids=LAYOUTS.keys())
 def test_generated_code_trains_as_eager_does(two: Ranks, layout: Layout) -> None:
-    own = {"lowering": "inductor", "memory_budget": 0.8}
+    own = {"lowering": "inductor", "memory_budget": "min"}
     two.run(assert_trains_as_eager, layout, {0: own, 1: own | {"memory_budget": None}})
