@@ -360,7 +360,7 @@ def test_a_share_that_is_known_at_run_time_alone_is_left_alone() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.dropout((q @ k.mT).softmax(-1), share) @ v
 
-    options = {"lowering": "eager", "strict": True}
+    options: dict[str, Any] = {"lowering": "eager", "strict": True}
     step = torch.compile(function, backend="memopt", options=options, dynamic=True)
     given = [x.double() for x in draw()]
     torch.testing.assert_close(step(*given), function(*given), rtol=1e-12, atol=1e-12)
