@@ -153,7 +153,7 @@ def test_the_command_advises(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", HERE, "--device", "h1000"], "h100"),
         (["plan", "nowhere:make", "--device", "h100"], "module:function"),
         (["plan", HERE, "--device", "h100", "--options", "{"], "is no JSON"),
-        (["plan", HERE, "--device", "h100", "--options", "[]"], "an object"),
+        (["plan", HERE, "--device", "h100", "--options", "[]"], "a JSON object"),
         (["advise", HERE, "--device", "h100"], "number of bytes"),
     ],
 )
