@@ -66,7 +66,7 @@ class Plan:
         try:
             return cls(
                 fingerprint=text_of(body["fingerprint"]),
-                saved=tuple(text_of(name) for name in some_list(body["saved"])),
+                saved=tuple(sorted(text_of(name) for name in some_list(body["saved"]))),
                 peak_bytes=count(body["peak_bytes"], 0),
                 seconds=number(body["seconds"], 0),
                 budget_bytes=None if body["budget_bytes"] is None else count(body["budget_bytes"]),

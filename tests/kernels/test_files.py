@@ -135,10 +135,13 @@ def test_a_full_disk_is_an_error_with_the_remedy(
     assert arena.held_bytes == 0
 
 
-@pytest.mark.parametrize("directory", ["", "/no/such/place", 7])
-def test_without_a_directory_there_is_an_error(directory: object) -> None:
+@pytest.mark.parametrize(
+    ("directory", "allowed"),
+    [("", "local disk"), ("/no/such/place", "local disk"), (7, "a string")],
+)
+def test_without_a_directory_there_is_an_error(directory: object, allowed: str) -> None:
     with pytest.raises(
-        ConfigError, match=r"'directory' of pass 'offload_to_files' = .*local disk"
+        ConfigError, match=f"'directory' of pass 'offload_to_files' = .*allowed is .*{allowed}"
     ):
         memopt.explain(
             nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)),
