@@ -95,7 +95,7 @@ def compile_graph(
                 break
             margin = proof.next_margin_bytes(margin or 0)
             log.info("the code is %d bytes over the budget: again", proof.overshoot_bytes)
-    diagnosis.require_fit(split, proof)
+    diagnosis.require_fit(split, proof, LEDGER.most_held_bytes() if held else 0)
     if config.memory_budget.kind != "none" and isinstance(proof.certificate, str):
         log.warning("the budget is met by the estimate only: %s", proof.certificate)
     if split.outcomes or proof.planned_peak_bytes is not None:
@@ -105,7 +105,7 @@ def compile_graph(
     if config.memory_budget.kind == "bytes" and proof.planned_peak_bytes is not None:
         _warn_of_earlier_graphs(split, proof.gradient_bytes)
         highest = proof.backward_peak_bytes + proof.others * proof.held_bytes
-        compiled = LEDGER.tracked(compiled, proof.held_bytes, highest)
+        compiled = LEDGER.tracked(compiled, proof.held_bytes, proof.most_held_bytes, highest)
     for wrap in ctx.wrappers:
         compiled = wrap(compiled)
     return compiled

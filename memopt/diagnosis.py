@@ -1,10 +1,12 @@
 """Did it fit, and if not, why: the words that the user reads."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
 
+from memopt.budget import Budget
 from memopt.errors import BudgetInfeasibleError
 from memopt.graph import source_line
 from memopt.memory.timeline import LiveRange, Timeline
@@ -18,8 +20,13 @@ from memopt.units import format_bytes
 _HOLDERS_SHOWN = 5
 
 
-def require_fit(split: Splitter, proof: Proof) -> None:
+def require_fit(split: Splitter, proof: Proof, most_held_bytes: int = 0) -> None:
     """Check the proof where there is one, the model's word where there is none.
+
+    Args:
+        split: what was planned.
+        proof: what was emitted.
+        most_held_bytes: what earlier graphs of the step would hold under a larger budget.
 
     Raises:
         BudgetInfeasibleError: the step does not fit, whatever is recomputed.
@@ -37,8 +44,13 @@ def require_fit(split: Splitter, proof: Proof) -> None:
     if peak > limit:
         if split.outcomes:
             timeline = split.outcomes[-1].chosen.liveness.timeline("floor")
+        advised = _advised(split.config.memory_budget, limit, peak, most_held_bytes)
+        budget, lowest = limit + split.held_bytes, peak + split.held_bytes
         raise BudgetInfeasibleError(
-            infeasible_text(split, limit, peak, timeline), budget_bytes=limit, floor_bytes=peak
+            infeasible_text(split, budget, lowest, timeline, most_held_bytes, advised),
+            budget_bytes=budget,
+            floor_bytes=lowest,
+            advised=advised,
         )
 
 
@@ -47,18 +59,41 @@ def _planned(split: Splitter) -> Outcome | None:
     return split.outcomes[-1] if split.outcomes else split.forward
 
 
-def infeasible_text(split: Splitter, limit: int, floor: int, timeline: Timeline) -> str:
+def _advised(budget: Budget, limit: int, peak: int, most_held_bytes: int) -> int | float | str:
+    """A little more than the graph's own peak needs, as the budget was written.
+
+    Earlier graphs hold more under a larger budget. A fraction stays one: bytes would bound the
+    step and not each graph.
+    """
+    if budget.kind == "bytes":
+        return (peak + most_held_bytes) * 101 // 100
+    share = peak * budget.value
+    if share >= limit + 1:  # emitted code can be higher than everything kept in the graph
+        return "min"
+    return min(math.floor(100 * share / max(limit, 1)) + 1, 100) / 100
+
+
+def infeasible_text(
+    split: Splitter,
+    limit: int,
+    floor: int,
+    timeline: Timeline,
+    most_held_bytes: int,
+    advised: int | float | str,
+) -> str:
     """The floor, the step that binds, who is alive there, and the cheapest way out."""
     step = timeline.steps[timeline.peak_step]
     holders = timeline.holders(timeline.peak_step)
     shown = "".join(f"\n  {_holder(h)}" for h in holders[:_HOLDERS_SHOWN])
     more = len(holders) - _HOLDERS_SHOWN
     rest = f"\n  and {more} smaller ones" if more > 0 else ""
-    held = (
-        f" ({format_bytes(split.held_bytes)} of the budget is held by earlier graphs of the step)"
-        if split.held_bytes
-        else ""
-    )
+    held = ""
+    if split.held_bytes:
+        more_held = f", up to {format_bytes(most_held_bytes)} under a larger one"
+        held = (
+            f" ({format_bytes(split.held_bytes)} of it is held by earlier graphs of the step"
+            f"{more_held * (most_held_bytes > split.held_bytes)})"
+        )
     if split.config.repeats > 1:
         held += f" for {split.config.repeats} repeats of the graph"
     budget, lowest = format_bytes(limit), format_bytes(floor)
@@ -69,7 +104,7 @@ def infeasible_text(split: Splitter, limit: int, floor: int, timeline: Timeline)
         f"{lowest}.\n"
         f"It binds at {step.name}{_at(step.source)}, in the "
         f"{'backward' if step.backward else 'forward'}, where these are alive:{shown}{rest}\n"
-        f"Cheapest next action: {_next_action(holders, floor, bool(split.outcomes))}"
+        f"Cheapest next action: {_next_action(holders, advised, bool(split.outcomes))}"
     )
 
 
@@ -83,8 +118,9 @@ def _on_a_rank() -> str:
     )
 
 
-def _next_action(ordered: Sequence[LiveRange], floor: int, training: bool) -> str:
-    raise_it = f"raise memory_budget to {format_bytes(floor + floor // 100)}"
+def _next_action(ordered: Sequence[LiveRange], advised: int | float | str, training: bool) -> str:
+    to = format_bytes(advised) if isinstance(advised, int) else repr(advised)
+    raise_it = f"{'set' if advised == 'min' else 'raise'} memory_budget to {to}"
     if not ordered:
         return raise_it
     largest = ordered[0]

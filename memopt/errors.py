@@ -25,13 +25,19 @@ class BudgetInfeasibleError(MemoptError, ValueError):
 
     Attributes:
         budget_bytes: what was asked for.
-        floor_bytes: the lowest peak that any plan found reaches.
+        floor_bytes: the lowest peak that any plan found reaches, with what earlier graphs of the
+            step hold at this budget.
+        advised: a ``memory_budget`` under which this graph fits, whatever earlier ones hold then:
+            bytes, or where a fraction was asked for, a larger one, or ``"min"`` if none is enough.
     """
 
-    def __init__(self, message: str, *, budget_bytes: int, floor_bytes: int) -> None:
+    def __init__(
+        self, message: str, *, budget_bytes: int, floor_bytes: int, advised: int | float | str
+    ) -> None:
         super().__init__(message)
         self.budget_bytes = budget_bytes
         self.floor_bytes = floor_bytes
+        self.advised = advised
 
 
 class PipelineError(MemoptError, ValueError):

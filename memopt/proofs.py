@@ -34,6 +34,7 @@ class Proof:
         output_bytes: forward outputs, which the caller may hold.
         gradient_bytes: what the backward returns.
         saved_bytes: what the backward alone keeps alive between the halves.
+        most_saved_bytes: the same, if everything were kept.
         backward_peak_bytes: the peak of the backward half, or of the step where that is all
             that is known.
     """
@@ -46,6 +47,7 @@ class Proof:
     output_bytes: int = 0
     gradient_bytes: int = 0
     saved_bytes: int = 0
+    most_saved_bytes: int = 0
     backward_peak_bytes: int = 0
 
     @classmethod
@@ -68,6 +70,7 @@ class Proof:
             liveness.output_bytes,
             liveness.gradient_bytes,
             emitted.saved_bytes if emitted else liveness.saved_bytes,
+            outcome.search.everything_kept.liveness.saved_bytes,
             emitted.peak_bytes if emitted else liveness.backward_peak_bytes,
         )
 
@@ -80,6 +83,11 @@ class Proof:
     def held_bytes(self) -> int:
         """What one graph leaves for its backward, and for its caller."""
         return self.saved_bytes + self.output_bytes
+
+    @property
+    def most_held_bytes(self) -> int:
+        """The same under a budget that lets it keep everything."""
+        return max(self.saved_bytes, self.most_saved_bytes) + self.output_bytes
 
     @property
     def emitted_peak_bytes(self) -> int | None:

@@ -137,6 +137,57 @@ def test_an_absolute_budget_counts_what_earlier_graphs_of_the_step_hold() -> Non
     assert held == first["saved_bytes"] + output_bytes
 
 
+def two_graphs(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """The first may keep more or less for its backward; the second needs much."""
+    for _ in range(4):
+        x = (x @ w).tanh()
+    torch._dynamo.graph_break()
+    return x.repeat(1, 16).softmax(-1).square().sum()
+
+
+def refusal(budget: Any) -> BudgetInfeasibleError | None:
+    """What a step under this budget is told; None where it runs."""
+    torch._dynamo.reset()
+    options = {"lowering": "eager", "memory_budget": budget}
+    x, w = matrices()
+    try:
+        loss = torch.compile(two_graphs, backend="memopt", options=options)(x, w)
+    except torch._dynamo.exc.BackendCompilerFailed as caught:
+        if isinstance(caught.inner_exception, BudgetInfeasibleError):
+            return caught.inner_exception.with_traceback(None)  # which holds the step's tensors
+        raise
+    expected = torch.autograd.grad(two_graphs(x, w), [x, w])
+    torch.testing.assert_close(torch.autograd.grad(loss, [x, w]), expected)
+    return None
+
+
+def test_what_is_advised_counts_what_earlier_graphs_hold_and_would_hold_with_more() -> None:
+    first = refusal(BUDGET)
+    assert first is not None
+    second = refusal(first.advised)
+    assert second is not None
+    assert "of it is held by earlier graphs of the step, up to " in str(second)
+    assert second.budget_bytes == first.advised
+    assert second.floor_bytes > second.budget_bytes
+    third = refusal(second.floor_bytes)  # the first graph keeps more with it
+    assert third is not None
+    assert third.floor_bytes > second.floor_bytes
+    assert refusal(second.advised) is None
+    assert refusal(third.advised) is None
+
+
+def test_where_a_fraction_is_refused_a_larger_fraction_is_advised() -> None:
+    tried, budget = [0.1], 0.1
+    while (error := refusal(budget)) is not None:
+        assert error.floor_bytes > error.budget_bytes
+        assert isinstance(error.advised, float)
+        assert f"raise memory_budget to {error.advised!r}" in str(error)
+        budget = error.advised
+        tried.append(budget)
+    assert tried == sorted({*tried})
+    assert 2 <= len(tried) <= 3  # once for each graph
+
+
 def test_inference_is_not_told_to_accumulate_gradients() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
     options = {"memory_budget": 2048}

@@ -17,7 +17,7 @@ def leaf() -> torch.Tensor:
 
 def test_a_forward_holds_its_bytes_until_its_backward_ran() -> None:
     ledger = Ledger()
-    run = ledger.tracked(scale, 100, 0)
+    run = ledger.tracked(scale, 100, 120, 0)
     assert ledger.held_bytes() == 0
     (y,) = run(leaf())
     assert ledger.held_bytes() == 100
@@ -27,18 +27,18 @@ def test_a_forward_holds_its_bytes_until_its_backward_ran() -> None:
 
 def test_forwards_in_flight_add_up() -> None:
     ledger = Ledger()
-    first, second = ledger.tracked(scale, 100, 0), ledger.tracked(scale, 30, 0)
+    first, second = ledger.tracked(scale, 100, 120, 0), ledger.tracked(scale, 30, 30, 0)
     (x,), (y,) = first(leaf()), second(leaf())
-    assert ledger.held_bytes() == 130
+    assert (ledger.held_bytes(), ledger.most_held_bytes()) == (130, 150)
     x.sum().backward()
-    assert ledger.held_bytes() == 30
+    assert (ledger.held_bytes(), ledger.most_held_bytes()) == (30, 30)
     y.sum().backward()
     assert ledger.held_bytes() == 0
 
 
 def test_an_abandoned_forward_is_forgotten() -> None:
     ledger = Ledger()
-    result = ledger.tracked(scale, 100, 0)(leaf())
+    result = ledger.tracked(scale, 100, 120, 0)(leaf())
     assert ledger.held_bytes() == 100
     del result
     assert ledger.held_bytes() == 0
@@ -46,7 +46,7 @@ def test_an_abandoned_forward_is_forgotten() -> None:
 
 def test_what_only_a_cycle_keeps_is_released() -> None:
     ledger = Ledger()
-    cycle: list[object] = ledger.tracked(scale, 100, 0)(leaf())
+    cycle: list[object] = ledger.tracked(scale, 100, 120, 0)(leaf())
     cycle.append(cycle)
     del cycle
     assert ledger.held_bytes() == 0
@@ -54,7 +54,7 @@ def test_what_only_a_cycle_keeps_is_released() -> None:
 
 def test_a_retained_graph_still_holds_its_bytes() -> None:
     ledger = Ledger()
-    (y,) = ledger.tracked(scale, 100, 0)(leaf())
+    (y,) = ledger.tracked(scale, 100, 120, 0)(leaf())
     y.sum().backward(retain_graph=True)
     assert ledger.held_bytes() == 100
 
@@ -62,7 +62,7 @@ def test_a_retained_graph_still_holds_its_bytes() -> None:
 def test_without_gradients_nothing_is_held() -> None:
     ledger = Ledger()
     with torch.no_grad():
-        result = ledger.tracked(scale, 100, 0)(leaf())
+        result = ledger.tracked(scale, 100, 120, 0)(leaf())
     assert len(result) == 1
     assert ledger.held_bytes() == 0
 
@@ -70,7 +70,7 @@ def test_without_gradients_nothing_is_held() -> None:
 def test_the_peak_of_an_earlier_backward_counts_what_a_later_graph_leaves_behind() -> None:
     ledger = Ledger()
     assert ledger.earlier_peak_bytes(7) == 0
-    (y,) = ledger.tracked(scale, 100, 500)(leaf())
+    (y,) = ledger.tracked(scale, 100, 120, 500)(leaf())
     assert ledger.earlier_peak_bytes(7) == 507
     y.sum().backward()
     assert ledger.earlier_peak_bytes(7) == 0

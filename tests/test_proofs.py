@@ -95,7 +95,7 @@ def hits() -> int:
 def test_a_warm_start_recalls_and_plans_again_where_the_proof_is_lost(
     budget: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept: list[tuple[int, int]] = []
+    kept: list[tuple[int, int, int]] = []
 
     class Ledger:
         def held_bytes(self) -> int:
@@ -104,8 +104,8 @@ def test_a_warm_start_recalls_and_plans_again_where_the_proof_is_lost(
         def earlier_peak_bytes(self, gradient_bytes: int) -> int:
             return 0
 
-        def tracked(self, compiled: Any, held_bytes: int, peak_bytes: int) -> Any:
-            kept.append((held_bytes, peak_bytes))
+        def tracked(self, compiled: Any, held_bytes: int, most: int, peak_bytes: int) -> Any:
+            kept.append((held_bytes, most, peak_bytes))
             return compiled
 
     monkeypatch.setattr(memopt.backend, "LEDGER", Ledger())

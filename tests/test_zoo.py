@@ -82,7 +82,7 @@ def check(name: str, asked: dict[str, Any]) -> None:
         assert_refused(lambda: train_step(compiled, model, inputs), told)
         if "graph_break" in entry.tags:
             return  # what one graph holds is taken from the next one's budget
-        options["memory_budget"] = told.floor_bytes * 101 // 100  # as the error recommends
+        options["memory_budget"] = told.floor_bytes * 101 // 100  # a little above it
         report = memopt.explain(model, options=options, **arguments)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="memopt", options=options)

@@ -23,11 +23,13 @@ class Entry:
     Attributes:
         node: its autograd node, which dies or is emptied with what it holds.
         held_bytes: its saved tensors and outputs.
+        most_held_bytes: the same, if a larger budget let it keep everything.
         backward_peak_bytes: the peak of its own backward, as planned.
     """
 
     node: "weakref.ref[Any]"
     held_bytes: int
+    most_held_bytes: int
     backward_peak_bytes: int
 
 
@@ -48,13 +50,21 @@ class Ledger:
             self._entries = [e for e in self._entries if _in_flight(e.node())]
         return sum(e.held_bytes for e in self._entries)
 
+    def most_held_bytes(self) -> int:
+        """Bytes that would be held now under a budget that is large enough for all of them."""
+        return sum(e.most_held_bytes for e in self._entries if _in_flight(e.node()))
+
     def earlier_peak_bytes(self, gradient_bytes: int) -> int:
         """Highest backward peak of an earlier graph once a later one has left its gradients."""
         peaks = [e.backward_peak_bytes for e in self._entries if _in_flight(e.node())]
         return max(peaks) + gradient_bytes if peaks else 0
 
     def tracked(
-        self, compiled: Callable[..., Any], held_bytes: int, backward_peak_bytes: int
+        self,
+        compiled: Callable[..., Any],
+        held_bytes: int,
+        most_held_bytes: int,
+        backward_peak_bytes: int,
     ) -> Callable[..., Any]:
         """``compiled``, entered here from each forward to its backward."""
 
@@ -64,7 +74,8 @@ class Ledger:
                 if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
                     self._entries = [e for e in self._entries if e.node() is not None]
                     node = weakref.ref(leaf.grad_fn)
-                    self._entries.append(Entry(node, held_bytes, backward_peak_bytes))
+                    entry = Entry(node, held_bytes, most_held_bytes, backward_peak_bytes)
+                    self._entries.append(entry)
                     break
             return result
 

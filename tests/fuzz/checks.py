@@ -75,8 +75,8 @@ def check(case: Case, *, lowering: str = "eager") -> Verdict:
 
 def _attempt(case: Case, options: dict[str, Any], expected: Results, truth: Results) -> Verdict:
     records: list[GraphRecord] = []
-    refused = False
-    for _ in range(3):
+    refused, before, last = False, -1, ""
+    while True:
         config = read_options(options)
         records.clear()
 
@@ -100,12 +100,12 @@ def _attempt(case: Case, options: dict[str, Any], expected: Results, truth: Resu
                 return Verdict("crash", f"{type(told).__name__}: {told} at {where}", refused)
             if told.floor_bytes <= told.budget_bytes:
                 return Verdict("crash", f"refused what fits: {told}")
-            # What later graphs need beside what earlier ones hold is told one graph at a time.
-            refused, several = True, "held by earlier graphs" in str(told)
-            lowest = None if several else told.floor_bytes * 101 // 100  # as the error says
-            last, options = str(told), {**options, "memory_budget": lowest}
-    else:
-        return Verdict("crash", f"refused what it had asked for: {last}"[:2000], refused)
+            if len(records) <= before:  # with what was advised, a graph fits
+                text = f"refused what it had asked for: {told}\nbefore: {last}"
+                return Verdict("crash", text[:4000], refused)
+            refused, before, last = True, len(records), str(told)
+            options = {**options, "memory_budget": told.advised}
+            del told  # and the frames, with what the graphs before it hold
     try:
         compare(actual, expected, truth)
     except DifferenceError as difference:
