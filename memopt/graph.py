@@ -109,6 +109,16 @@ def overwrites(node: fx.Node) -> bool:
     return bool(node.args[names.index("chunk_rows")] != 0)
 
 
+def is_check(node: fx.Node) -> bool:
+    """Whether the node is there to raise an error only: it has no value and writes to nothing."""
+    target = node.target
+    return (
+        isinstance(target, OpOverload)
+        and not target._schema.returns
+        and not target._schema.is_mutable
+    )
+
+
 def is_collective(node: fx.Node) -> bool:
     """Whether the node talks to other ranks; it must run the same number of times on each."""
     namespace = getattr(node.target, "namespace", "")

@@ -13,7 +13,7 @@ from memopt._torch import (
     thread_graphsafe_rng_from_hops,
 )
 from memopt.errors import PartitionError
-from memopt.graph import is_collective
+from memopt.graph import is_check, is_collective
 from memopt.joint import Encoding, JointGraph
 from memopt.kernels.host import ARRIVED, FROM_HOST, LEFT
 from memopt.memory.schedule import Schedule
@@ -39,6 +39,7 @@ def partition(
     chosen = [joint.nodes[source.get(i, i)] for i in sorted(schedule.saved)]
     crossing = [*info.inputs, *(n for n in chosen if n.op != "placeholder")]
     symbols = [n for n in crossing if is_sym_node(n)]
+    _check_once(n for n in joint.nodes if n not in info.tangents_closure)
     values = [n for n in crossing if not is_sym_node(n)]
     forward, backward = extract_forward_and_backward(
         gm,
@@ -61,6 +62,16 @@ def partition(
     _wait_for_copies(forward.graph, backward.graph, schedule)
     check_halves(forward, backward, num_fwd_outputs)
     return forward, backward
+
+
+def _check_once(nodes: Iterable[fx.Node]) -> None:
+    """Let the forward alone run its checks, such as that ``one_hot`` is given classes.
+
+    They count as effects, so torch has them in both halves: the backward would compute again all
+    that they look at, of inputs that may have been overwritten since.
+    """
+    for node in filter(is_check, nodes):
+        node.meta["partitioner_tag"] = "must_be_in_forward"
 
 
 def _leave_to_the_other(half: fx.Graph, names: Collection[str]) -> None:

@@ -70,6 +70,29 @@ def two_layers(x: Tensor, w: Tensor) -> Tensor:
     return ((x @ w).tanh() @ w).tanh().sum()
 
 
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_what_the_forward_has_checked_is_not_computed_and_checked_again(budget: Any) -> None:
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        counts = nn.functional.one_hot((x * 1.0).argmax(-1), x.shape[-1])
+        y = (counts * w).tanh()
+        x.mul_(0.5)  # all that a check in the backward would see
+        return (y @ w).tanh().sum()
+
+    w = torch.randn(16, 16, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(16, 16, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(function(x.clone(), w), w)
+    captured = lowered(function, memory_budget=budget)
+    (gradient,) = torch.autograd.grad(captured(x, w), w)
+    torch.testing.assert_close(gradient, expected)
+    graphs: list[Any] = []
+    compiled = lowered(function, memory_budget=budget)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("memopt.partition.check_halves", lambda f, b, n: graphs.extend([f, b]))
+        compiled(x, w)
+    checks = [sum("_assert_async" in str(n.target) for n in half.graph.nodes) for half in graphs]
+    assert checks == [2, 0]
+
+
 def test_a_saved_value_that_the_backward_does_not_expect_is_caught() -> None:
     forward, backward, outputs = halves_of(two_layers, square(), square())
     (returned,) = forward.graph.find_nodes(op="output")
