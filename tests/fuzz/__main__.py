@@ -2,12 +2,14 @@
 
 import argparse
 import collections
+import dataclasses
 import time
 
 import torch
 
+from tests.fuzz.cases import KINDS, Case
 from tests.fuzz.checks import Verdict, check
-from tests.fuzz.models import MOST_STEPS, Case
+from tests.fuzz.models import MOST_STEPS
 
 
 def main() -> int:
@@ -16,6 +18,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=1)
     parser.add_argument("--lowering", choices=("eager", "inductor"), default="eager")
+    parser.add_argument("--kind", choices=KINDS, default="float64")
     parser.add_argument("--verbose", action="store_true", help="print what is as eager, too")
     parser.add_argument("--shrink", action="store_true", help="leave out what a failure needs not")
     asked = parser.parse_args()
@@ -23,25 +26,26 @@ def main() -> int:
     kinds: collections.Counter[str] = collections.Counter()
     for seed in range(asked.seed, asked.seed + asked.count):
         start = time.perf_counter()
-        verdict = check(Case(seed), lowering=asked.lowering)
+        verdict = check(Case(seed, kind=asked.kind), lowering=asked.lowering)
         kinds[verdict.kind] += 1
         kinds["refused"] += verdict.refused
         if verdict.kind != "same" or asked.verbose or asked.count == 1:
             seconds = time.perf_counter() - start
             print(f"{seed}: {verdict.kind} in {seconds:.1f} s: {verdict.detail}", flush=True)
         if asked.shrink and verdict.kind not in ("same", "torch"):
-            _shrink(seed, verdict, asked.lowering)
+            _shrink(Case(seed, kind=asked.kind), verdict, asked.lowering)
     print(dict(kinds))
     return int(any(kinds[kind] for kind in ("wrong", "crash", "memory")))
 
 
-def _shrink(seed: int, verdict: Verdict, lowering: str) -> None:
+def _shrink(case: Case, verdict: Verdict, lowering: str) -> None:
     """Leave out one step after another, as long as it fails alike."""
     without: set[int] = set()
     for i in range(MOST_STEPS):
-        if check(Case(seed, {*without, i}), lowering=lowering).kind == verdict.kind:
+        fewer = dataclasses.replace(case, without={*without, i})
+        if check(fewer, lowering=lowering).kind == verdict.kind:
             without.add(i)
-    case = Case(seed, without)
+    case = dataclasses.replace(case, without=without)
     print(f"{check(case, lowering=lowering)}\n{case}\n{case.model()}", flush=True)
 
 

@@ -124,9 +124,10 @@ def _pairs(x: Tensor) -> Tensor:
 
 
 def _complex(x: Tensor) -> Tensor:
-    z = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous())
-    cos, sin = _tables(x)
-    return torch.view_as_real(z * torch.complex(cos, sin)).flatten(-2)
+    wide = x if x.dtype == torch.float64 else x.float()  # there are no complex bfloat16
+    z = torch.view_as_complex(wide.reshape(*x.shape[:-1], -1, 2).contiguous())
+    cos, sin = _tables(wide)
+    return torch.view_as_real(z * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
 
 
 def _repeated(k: Tensor, heads: int) -> Tensor:

@@ -1,8 +1,7 @@
 """Random models by number: an embedding or numbers, steps in wraps, a head, a loss, outputs."""
 
 import random
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -27,9 +26,12 @@ class Body(nn.Module):
         seed: of the model.
         size: of the hidden states.
         without: numbers of steps to leave out, to find those that a failure needs.
+        makers: what the steps are chosen from.
     """
 
-    def __init__(self, seed: int, size: Size, without: Collection[int]) -> None:
+    def __init__(
+        self, seed: int, size: Size, without: Collection[int], makers: Sequence[Maker]
+    ) -> None:
         super().__init__()
         self.steps = nn.ModuleList()
         self.norm = nn.LayerNorm(size.width)
@@ -37,7 +39,7 @@ class Body(nn.Module):
         for i in range(random.Random(f"{seed} steps").randint(1, MOST_STEPS)):
             draw = Draw(f"{seed} step {i}")
             wrap = draw.of({name: name for name in WRAPS})
-            make = random.Random(f"{seed} kind {i}").choice(MAKERS)
+            make = random.Random(f"{seed} kind {i}").choice(makers)
             step = make(draw, size)
             step.said = " ".join([str(i), make.__name__, *draw.said])
             if i not in without:
@@ -86,64 +88,8 @@ WRAPS: dict[str, Wrap] = {
 }
 
 
-@dataclass
-class Case:
-    """One random model, its inputs, and how it is to be compiled and run.
-
-    Args:
-        seed: decides all the rest.
-        without: as for `Body`.
-    """
-
-    seed: int
-    without: Collection[int] = ()
-    options: dict[str, Any] = field(init=False)
-    dynamic: bool | None = field(init=False)
-    mode: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        draw = Draw(f"{self.seed} case")
-        self.mode = draw.one(("train",) * 7 + ("eval", "infer", "infer_in_train"))
-        self.dynamic = draw.one((False,) * 7 + (True, True, None))
-        self.batches = [2, 2 if self.dynamic is False else 3]
-        self.by_loss_alone = draw.chance("by_loss_alone", 0.3)
-        self.optimises = draw.chance("optimises")
-        self.options = drawn_options(Draw(f"{self.seed} options"))
-
-    @property
-    def trains(self) -> bool:
-        """Whether there is a backward."""
-        return self.mode in ("train", "eval")
-
-    def model(self) -> "RandomModel":
-        """The model; equal numbers every time."""
-        torch.manual_seed(self.seed)
-        model = RandomModel(self.seed, self.without).double()
-        return model.train(self.mode in ("train", "infer_in_train"))
-
-    def inputs(self, number: int) -> list[Tensor]:
-        """New inputs of a step."""
-        size = Size(self.batches[number])
-        generator = torch.Generator().manual_seed(1000 * self.seed + number)
-        draw = Draw(f"{self.seed} model")
-        return model_inputs(draw, size, generator, self.trains)
-
-
-def model_inputs(draw: Draw, size: Size, g: torch.Generator, trains: bool) -> list[Tensor]:
-    """Tokens or numbers, and targets of the same kind as `RandomModel` draws them."""
-    kind, classes = _kind(draw)
-    shape = size.batch, size.tokens
-    numbers = torch.randn(*shape, size.width, generator=g, dtype=torch.float64)
-    tokens = torch.randint(0, classes, shape, generator=g)
-    labels = torch.randint(0, classes, shape, generator=g)
-    labels[:, -3] = -100
-    wanted = torch.randn(*shape, size.width, generator=g, dtype=torch.float64)
-    trained = draw.chance("input_trained", 0.3)
-    first = tokens if kind.startswith("tokens") else numbers.requires_grad_(trained and trains)
-    return [first, labels if kind.endswith("classes") else wanted]
-
-
-def _kind(draw: Draw) -> tuple[str, int]:
+def drawn_kind(draw: Draw) -> tuple[str, int]:
+    """What goes in and what is wanted, and how many classes there are."""
     kinds = ("tokens to classes",) * 3 + ("numbers to numbers", "numbers to classes")
     return draw.one((*kinds, "tokens to numbers")), draw.one((37, 300))
 
@@ -151,10 +97,12 @@ def _kind(draw: Draw) -> tuple[str, int]:
 class RandomModel(nn.Module):
     """Hidden states from ``x``, ``(B, N)`` or ``(B, N, D)``, and a loss against ``y``."""
 
-    def __init__(self, seed: int, without: Collection[int] = ()) -> None:
+    def __init__(
+        self, seed: int, without: Collection[int] = (), makers: Sequence[Maker] = MAKERS
+    ) -> None:
         super().__init__()
         size, draw = Size(2), Draw(f"{seed} model")
-        self.kind, self.classes = _kind(draw)
+        self.kind, self.classes = drawn_kind(draw)
         draw.chance("input_trained", 0.3)
         self.tied = draw.chance("tied") and self.kind == "tokens to classes"
         self.normed = draw.chance("normed")
@@ -164,7 +112,7 @@ class RandomModel(nn.Module):
             self.head.weight = self.embedding.weight
         self.position = nn.Parameter(torch.randn(size.tokens, size.width))
         self.final = nn.LayerNorm(size.width)
-        self.body = Body(seed, size, without)
+        self.body = Body(seed, size, without, makers)
         self.scale = draw.of(SCALES)
         by_classes = self.kind.endswith("classes")
         self.loss: Loss = class_loss(draw, self.classes) if by_classes else number_loss(draw)
@@ -221,45 +169,3 @@ RETURNS: dict[str, Returns] = {
     "last": lambda loss, out, states, x: (loss, states[-1].detach(), out[:, -1]),
     "reshaped": lambda loss, out, states, x: (loss.reshape(1), out.transpose(0, 1)),
 }
-
-PASSES: dict[str, Any] = {
-    "pack_masks": {"cpu": True, "least": 64},
-    "offload": {"simulate": True, "least": 1024, "bandwidth": 1e9},
-    "narrow_integers": {"least": 64},
-    "fuse_norms": {"cpu": True},
-    "fuse_gates": {"cpu": True},
-    "fuse_rotary": {"cpu": True},
-    "fuse_rows": {"cpu": True},
-    "early_backward": True,
-    "tune_norms": True,
-    "chunk_losses": False,
-    "cut_rows": False,
-    "weigh_rows": False,
-    "fuse_attention": False,
-    "prove_causal": False,
-    "early_masks": False,
-    "remake_in_backward": False,
-    "early_gradients": False,
-    "embedding_gradients": False,
-    "overwrite_hidden_states": False,
-    "forget_inputs": False,
-    "narrow_products": False,
-}
-
-
-def drawn_options(draw: Draw) -> dict[str, Any]:
-    """Options of memopt under which numbers are eager's."""
-    passes = {name: PASSES[name] for name in draw.some(list(PASSES), 6) if draw.chance("set")}
-    if "chunk_losses" not in passes and draw.chance("chunks"):
-        passes["chunk_losses"] = {
-            "chunk_rows": draw.one((0, 7, 16)),
-            "logits": draw.one(("lazy", "lazy", "full")),
-        }
-    budgets = (None, None, 0.95, 0.8, 0.6, 0.5, "min", "min", "1MiB", "200KiB")
-    return {
-        "lowering": "eager",
-        "strict": True,
-        "memory_budget": draw.one(budgets),
-        "solver": draw.one(("auto", "auto", "auto", "greedy", "exact")),
-        "passes": passes,
-    }

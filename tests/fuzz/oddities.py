@@ -76,7 +76,7 @@ def _masked(h: Tensor) -> Tensor:
 
 def _overwritten(h: Tensor) -> Tensor:
     x = F.relu(h + 1, inplace=True)
-    return F.relu(x * 2, inplace=True).clamp_(-2, 2)
+    return F.hardtanh((x * 2).sub_(1), -2, 2, inplace=True)
 
 
 def _written_by_view(h: Tensor) -> Tensor:

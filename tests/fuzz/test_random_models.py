@@ -9,18 +9,18 @@ import collections
 import pytest
 import torch
 
+from tests.fuzz.cases import KINDS, Case, Kind
 from tests.fuzz.checks import check
-from tests.fuzz.models import Case
 
 FAILURES = ("wrong", "crash", "memory")
 TO_BE_COMPARED = 0.8  # of the models: torch's own compiler fails at some, as do their numbers
 
 
-def assert_as_eager(seeds: range, lowering: str = "eager") -> None:
+def assert_as_eager(seeds: range, lowering: str = "eager", kind: Kind = "float64") -> None:
     """All models with these numbers."""
     kinds: collections.Counter[str] = collections.Counter()
     for seed in seeds:
-        verdict = check(Case(seed), lowering=lowering)
+        verdict = check(Case(seed, kind=kind), lowering=lowering)
         assert verdict.kind not in FAILURES, f"seed {seed}: {verdict.kind}: {verdict.detail}"
         kinds[verdict.kind] += 1
         torch._dynamo.reset()
@@ -30,6 +30,18 @@ def assert_as_eager(seeds: range, lowering: str = "eager") -> None:
 @pytest.mark.parametrize("first", range(0, 16, 8))
 def test_a_few_random_models(first: int) -> None:
     assert_as_eager(range(first, first + 8))
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_a_few_random_models_of_other_numbers(kind: Kind) -> None:
+    assert_as_eager(range(2, 5), kind=kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("first", range(100, 200, 20))
+def test_hundreds_of_random_models_of_other_numbers(first: int, kind: Kind) -> None:
+    assert_as_eager(range(first, first + 20), kind=kind)
 
 
 @pytest.mark.slow
