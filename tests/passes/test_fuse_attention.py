@@ -479,3 +479,14 @@ def test_padding_of_an_eager_model_that_trains_is_left_alone() -> None:
     fused(**inputs)
     assert fused.rewrites == 0
     assert all("may see no key" in remark.text for remark in fused.said(RemarkKind.MISSED))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda q, k, v: (q @ k.mT + torch.tensor(0.5)).softmax(-1) @ v,
+        lambda q, k, v: (q @ k.mT).masked_fill(torch.tensor(False), -1e9).softmax(-1) @ v,
+    ],
+)
+def test_a_mask_of_one_number_is_left_alone(form: Form) -> None:
+    assert_left(form, [x.requires_grad_() for x in draw()], "one number")
