@@ -186,6 +186,50 @@ def test_a_call_with_a_window_of_its_own_counts_as_a_call() -> None:
     assert_same(compiled(Outer(twice), of_both)(*given), expected, given)
 
 
+def in_steps(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention that ``fuse_attention`` makes a call of, and ``calibrate`` does not see."""
+    k, v = (x.repeat_interleave(QUERIES // HEADS, 1) for x in (k, v))
+    later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+    scores = (q @ k.mT * WIDTH**-0.5).masked_fill(later, -torch.inf)
+    mixed: Tensor = scores.softmax(-1) @ v
+    return mixed
+
+
+def test_attention_that_is_written_out_is_no_call() -> None:
+    def both(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return told(in_steps(q, k, v), k, v)
+
+    given = tensors()
+    q, k, v = given
+    spans = [rule.span(LENGTH) for rule in (SHORT, HALF)]
+    expected = q + masked(in_steps(q, k, v), k, v, spans, SINKS)
+    assert_same(compiled(Outer(both), plan())(*given), expected, given)
+    assert ["writes it out" in text for text in remarks(Outer(both), plan(), *given)] == [
+        True, False,
+    ]  # fmt: skip
+
+
+def broken(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Two calls, each in a graph of its own."""
+    q = told(q, k, v)
+    torch._dynamo.graph_break()
+    return told(q, k, v)
+
+
+def test_calls_that_a_graph_break_parts_are_computed_in_full() -> None:
+    own: tuple[Any, ...] = (QUERIES, HEADS, WIDTH)
+    both = plan_for(("", *own, (SHORT, HALF)), ("#1", *own, (HALF, SHORT)))
+    given = tensors()
+    with pytest.warns(UserWarning, match="1 of the 2 calls of attention in module ''"):
+        actual = compiled(Attend(broken), both)(*given)
+    assert_same(actual, broken(*given), given)
+
+
+def test_a_graph_that_begins_within_a_module_may_be_behind_a_break() -> None:
+    with pytest.raises(Exception, match="TORCH_LOGS=graph_breaks names it"):
+        compiled(Outer(broken), plan())(*tensors())
+
+
 def test_inductor_computes_the_same() -> None:
     given = tensors(dtype=torch.float32)
     actual = compiled(Outer(told), plan(), lowering="inductor")(*given)
@@ -321,6 +365,19 @@ def test_a_remark_names_padding() -> None:
     given = tensors()
     (text,) = remarks(Outer(padded), plan(), *given, torch.ones(BATCH, 1, 1, LENGTH) > 0)
     assert "tokens that the mask hides mean nothing" in text
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_heads_that_are_broadcast_are_left_alone(at: int) -> None:
+    """Of which the operator knows nothing, and eager attention does."""
+    torch.manual_seed(0)
+    given = [torch.randn(BATCH, HEADS, LENGTH, WIDTH, requires_grad=True) for _ in range(3)]
+    given[at] = torch.randn(BATCH, 1, LENGTH, WIDTH, requires_grad=True)
+    model = Outer(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    own = plan_for(("layers.0", HEADS, HEADS, WIDTH, (SHORT, HALF)))
+    (text,) = remarks(model, own, *given)
+    assert "heads of queries read" in text
+    assert_same(compiled(model, own)(*given), model(*given), given)
 
 
 @pytest.mark.parametrize("keys", [40, 60])
