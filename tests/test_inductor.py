@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import memopt
 from bench.meter import Meter
@@ -65,6 +66,28 @@ def test_the_report_foretells_the_measured_peak() -> None:
     (graph,) = memopt.explain(model, options=options, **inputs).graphs
     measured = peak_of(torch.compile(model, backend="memopt", options=options), model, inputs)
     assert abs(graph.predicted_peak_bytes - measured) <= max(measured // 100, 2**15)
+
+
+def test_groups_may_be_a_batch_that_changes() -> None:
+    """A filter for each image, as in StyleGAN2: the number of groups is no number in the graph."""
+
+    class Modulated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 2, 3, 3))
+
+        def forward(self, x: Tensor, style: Tensor) -> Tensor:
+            batch = len(x)
+            weight = (self.weight * style[:, None, :, None, None]).flatten(0, 1)
+            images = x.reshape(1, -1, *x.shape[2:])
+            y = F.conv2d(images, weight, padding=1, groups=batch)
+            return y.reshape(batch, -1, *x.shape[2:])
+
+    model = Modulated()
+    compiled = torch.compile(model, backend="memopt", dynamic=True)
+    for batch in (2, 3):
+        x, style = torch.randn(batch, 2, 6, 5), torch.randn(batch, 2)
+        torch.testing.assert_close(compiled(x, style), model(x, style))
 
 
 def test_a_second_compilation_comes_from_the_cache_and_other_options_do_not() -> None:
