@@ -11,6 +11,7 @@ Nothing is compiled, launched or allocated. Works on code from the compile cache
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -78,9 +79,7 @@ def _replay(codes: Sequence[str], meter: StorageMeter) -> Certificate:
     meter.backward = True
     for tangent in tangents:
         meter.allocate(tangent, "tangent")
-    arguments = [v for v in crossing if not isinstance(v, torch.Tensor)]
-    arguments += [v for v in crossing if isinstance(v, torch.Tensor)]
-    arguments += tangents
+    arguments = [*_as_the_backward_takes(crossing), *tangents]
     roots = [t for t in tangents if t.dim() == 0]  # as `Tensor.backward` holds them
     tangent = None
     crossing.clear()
@@ -89,3 +88,14 @@ def _replay(codes: Sequence[str], meter: StorageMeter) -> Certificate:
     certificate = Certificate(meter.peak_bytes, saved_bytes, meter.close())
     del gradients, outputs, roots
     return certificate
+
+
+def _as_the_backward_takes(crossing: Sequence[Any]) -> list[Any]:
+    """Sizes first, then tensors, then what is neither, such as the mesh of distributed tensors."""
+    sizes = [v for v in crossing if isinstance(v, (int, float))]
+    tensors = [v for v in crossing if isinstance(v, torch.Tensor)]
+    return [
+        *sizes,
+        *tensors,
+        *(v for v in crossing if not isinstance(v, (int, float, torch.Tensor))),
+    ]
