@@ -92,13 +92,14 @@ def test_the_backward_gets_what_is_no_tensor_where_it_takes_it() -> None:
     """Sizes are before the tensors, and the meshes of distributed tensors behind them."""
     forward = FORWARD.replace("(buf3, primals_1, buf2)", "(buf3, 7, None, primals_1, buf2)")
     backward = BACKWARD.replace(
-        "primals_1, buf2, tangents_1", "s0, primals_1, buf2, mesh, tangents_1"
+        "primals_1, buf2, tangents_1", "s0, primals_1, buf2, mesh, tangents_1, tangents_2"
     )
     backward = backward.replace(
         "    buf4 =",
         "    assert (s0, mesh) == (7, None) and primals_1.numel() == 1000\n    buf4 =",
     )
-    backward = backward.replace("def get_args():", "def get_args():\n    s0, mesh = 7, None")
+    made = "def get_args():\n    s0, mesh, tangents_2 = 7, None, None"
+    backward = backward.replace("def get_args():", made)
     assert proven(forward, backward) == proven(FORWARD, BACKWARD)
 
 

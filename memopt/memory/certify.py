@@ -77,13 +77,15 @@ def _replay(codes: Sequence[str], meter: StorageMeter) -> Certificate:
     held = {storage_key(t) for t in outputs if isinstance(t, torch.Tensor)}
     saved_bytes = sum(nbytes for key, nbytes in meter.live.items() if key not in held)
     meter.backward = True
-    for tangent in tangents:
-        meter.allocate(tangent, "tangent")
     arguments = [*_as_the_backward_takes(crossing), *tangents]
-    roots = [t for t in tangents if t.dim() == 0]  # as `Tensor.backward` holds them
+    real = [t for t in tangents if isinstance(t, torch.Tensor)]  # a distributed one has its mesh
+    for tangent in real:
+        meter.allocate(tangent, "tangent")
+    roots = [t for t in real if t.dim() == 0]  # as `Tensor.backward` holds them
     tangent = None
     crossing.clear()
     tangents.clear()
+    real.clear()
     gradients = backward.run(arguments)
     certificate = Certificate(meter.peak_bytes, saved_bytes, meter.close())
     del gradients, outputs, roots
