@@ -185,7 +185,8 @@ def distributed(layout: Layout, compiled: Callable[[Any], Any]) -> tuple[nn.Modu
         square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
         # FSDP2's hooks break the graph behind the embedding, and torch 2.13 cannot trace one
         # whose result is a sum over ranks: its mask is kept from one graph to the next.
-        model.embedding.forward = torch.compiler.disable(model.embedding.forward)
+        embedding: Any = model.embedding
+        embedding.forward = torch.compiler.disable(embedding.forward)  # type: ignore[no-untyped-call]
         parallelise(model, square["tensor"], rows=layout.rows, classes=layout.classes)
         shard(model, square["data"])
     return model, model if layout.blocks else compiled(model)
