@@ -183,11 +183,10 @@ def distributed(layout: Layout, compiled: Callable[[Any], Any]) -> tuple[nn.Modu
         parallelise(model, mesh, rows=layout.rows, classes=layout.classes)
     else:
         square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+        parallelise(model, square["tensor"], rows=layout.rows, classes=layout.classes)
         # FSDP2's hooks break the graph behind the embedding, and torch 2.13 cannot trace one
         # whose result is a sum over ranks: its mask is kept from one graph to the next.
-        embedding: Any = model.embedding
-        embedding.forward = torch.compiler.disable(embedding.forward)  # type: ignore[no-untyped-call]
-        parallelise(model, square["tensor"], rows=layout.rows, classes=layout.classes)
+        model.embedding = torch.compiler.disable(model.embedding)  # type: ignore[no-untyped-call]
         shard(model, square["data"])
     return model, model if layout.blocks else compiled(model)
 

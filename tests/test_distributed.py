@@ -32,8 +32,8 @@ LAYOUTS: Mapping[str, tuple[Layout, Options]] = {
 AT_ODDS: Mapping[int, Options] = {
     0: {"memory_budget": None},
     1: {"memory_budget": "min", "device": "h100"},
-    2: {"memory_budget": 0.87, "device": "l40s", "solver": "greedy"},
-    3: {"memory_budget": 0.93, "device": "b200"},
+    2: {"memory_budget": 0.9, "device": "l40s", "solver": "greedy"},
+    3: {"memory_budget": 0.95, "device": "b200"},
 }
 
 
@@ -154,8 +154,12 @@ def test_a_budget_that_one_rank_cannot_meet_ends_all() -> None:
 @pytest.mark.parametrize("classes", [False, True])
 def test_a_square_of_ranks_trains_as_eager_does(classes: bool) -> None:
     layout = Layout("fsdp+tp", rows=True, classes=classes, ragged=True)
+    # FSDP2's hooks cut the model into graphs in some of which there is nothing to recompute.
+    feasible = {
+        rank: {**AT_ODDS[rank], "memory_budget": b} for rank, b in {2: "min", 3: 1.0}.items()
+    }
     with ranks(4) as four:
-        four.run(assert_trains_as_eager, layout, AT_ODDS)
+        four.run(assert_trains_as_eager, layout, {**AT_ODDS, **feasible})
 
 
 @pytest.mark.slow
