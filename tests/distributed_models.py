@@ -201,16 +201,18 @@ def tokens_of(step: int, layout: Layout, rank: int) -> Tensor:
 
 
 def compiled_with(
-    options: Mapping[str, object] | None, records: list[GraphRecord] | None = None
+    options: Mapping[str, object] | str | None, records: list[GraphRecord] | None = None
 ) -> Callable[[Any], Any]:
     """What compiles a function by memopt; without options, what leaves it to eager.
 
     Args:
-        options: for memopt.
+        options: for memopt, or the name of another backend.
         records: takes what is known of each graph.
     """
     if options is None:
         return lambda target: target
+    if isinstance(options, str):
+        return lambda target: torch.compile(target, backend=options, dynamic=False)
     config, known = read_options(options), [] if records is None else records
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
@@ -226,7 +228,7 @@ def saved_by(records: Sequence[GraphRecord]) -> list[set[str]]:
 
 def train(
     layout: Layout,
-    options: Mapping[str, object] | None,
+    options: Mapping[str, object] | str | None,
     records: list[GraphRecord] | None = None,
     steps: int = 2,
 ) -> tuple[list[float], list[Tensor]]:
@@ -234,7 +236,7 @@ def train(
 
     Args:
         layout: how.
-        options: for memopt.
+        options: for memopt, or the name of another backend.
         records: takes what is known of each graph.
         steps: of plain gradient descent.
     """

@@ -43,18 +43,21 @@ def two() -> Iterator[Ranks]:
         yield started
 
 
-def assert_trains_as_eager(layout: Layout, by_rank: Mapping[int, Options]) -> list[set[str]]:
+def assert_trains_as_eager(
+    layout: Layout, by_rank: Mapping[int, Options], reference: str | None = None
+) -> list[set[str]]:
     """Losses and gradients of memopt are eager's.
 
     Args:
         layout: how the model is distributed.
         by_rank: the options of each rank.
+        reference: the backend to compare with in eager's place.
 
     Returns:
         What each graph saves.
     """
     options = by_rank[torch.distributed.get_rank()]
-    expected, gradients = train(layout, None)
+    expected, gradients = train(layout, reference)
     torch._dynamo.reset()
     records: list[GraphRecord] = []
     losses, own = train(layout, {**OPTIONS, **options}, records)
@@ -152,14 +155,15 @@ def test_a_budget_that_one_rank_cannot_meet_ends_all() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("classes", [False, True])
-def test_a_square_of_ranks_trains_as_eager_does(classes: bool) -> None:
+def test_a_square_of_ranks_trains_as_stock_does(classes: bool) -> None:
+    """Which is 1e-7 off from eager after a step in torch 2.13."""
     layout = Layout("fsdp+tp", rows=True, classes=classes, ragged=True)
     # FSDP2's hooks cut the model into graphs in some of which there is nothing to recompute.
     feasible = {
         rank: {**AT_ODDS[rank], "memory_budget": b} for rank, b in {2: "min", 3: 1.0}.items()
     }
     with ranks(4) as four:
-        four.run(assert_trains_as_eager, layout, {**AT_ODDS, **feasible})
+        four.run(assert_trains_as_eager, layout, {**AT_ODDS, **feasible}, "aot_eager")
 
 
 @pytest.mark.slow

@@ -79,10 +79,9 @@ def _replay(codes: Sequence[str], meter: StorageMeter) -> Certificate:
     meter.backward = True
     arguments = [*_as_the_backward_takes(crossing), *tangents]
     real = [t for t in tangents if isinstance(t, torch.Tensor)]  # a distributed one has its mesh
-    for tangent in real:
-        meter.allocate(tangent, "tangent")
+    for i in range(len(real)):  # no name of one may stay
+        meter.allocate(real[i], "tangent")
     roots = [t for t in real if t.dim() == 0]  # as `Tensor.backward` holds them
-    tangent = None
     crossing.clear()
     tangents.clear()
     real.clear()
