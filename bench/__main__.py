@@ -108,31 +108,28 @@ def _parser() -> argparse.ArgumentParser:
         help="count which operators of transformers' models are found, and write a page",
     )
     command.set_defaults(run=_coverage)
-    command.add_argument("families", nargs="*", help="model types; default: all")
-    command.add_argument(
-        "--out",
-        type=Path,
-        default=Path("bench/results/coverage.json"),
-        help="results file; rows of other families stay; default: %(default)s",
-    )
-    command.add_argument(
-        "--root", type=Path, default=Path(), help="folder of docs/; default: this one"
-    )
+    command.add_argument("families", nargs="*", help="model types; rows of others stay")
+    _add_page(command, "coverage")
     command = commands.add_parser(
         "scaling",
         help="compute FSDP2 on 8 to 1,024 GPUs from plans, and write a page",
     )
     command.set_defaults(run=_scaling)
+    _add_page(command, "scaling")
+    return parser
+
+
+def _add_page(command: argparse.ArgumentParser, name: str) -> None:
+    """Where a command that writes a page of its own puts it, and its results file."""
     command.add_argument(
         "--out",
         type=Path,
-        default=Path("bench/results/scaling.json"),
+        default=Path(f"bench/results/{name}.json"),
         help="results file; default: %(default)s",
     )
     command.add_argument(
         "--root", type=Path, default=Path(), help="folder of docs/; default: this one"
     )
-    return parser
 
 
 def _list(_: argparse.Namespace) -> int:

@@ -71,7 +71,7 @@ def run(
     for name, peer in peers.items():
         host = peer.host_bytes()
         row = _row(name, prompt, new) | {
-            "device_bytes": stored_bytes(peer.cache) - (host if device == "cpu" else 0),
+            "device_bytes": stored_bytes(peer.cache) - host,
             "host_bytes": host,
             "seconds": statistics.median(seconds[name]),
             "same": float((said[name] == said[REFERENCE]).float().mean()),

@@ -10,7 +10,8 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot
 
-from bench.scaling import USABLE, WAYS, Fabric, Training
+from bench.scaling import USABLE, WAYS
+from bench.sharding import Fabric, Training
 from bench.tables import environment, markdown
 from memopt.device import DEVICES
 
@@ -25,7 +26,7 @@ _HOW_TO_READ = """\
 What memopt's planner says of `fully_shard` on many {device}s, computed on a machine without one:
 nothing here was run on GPUs. The graph of one block, as one of all that the model has
 (`repeats`), and that of head and loss are planned on fake tensors; their bytes and seconds go
-into the formulas of `bench/scaling.py`. Three ways to run a block:
+into the formulas of `bench/sharding.py`. Three ways to run a block:
 
 - **stock**: torch's own partition of the block's graph, with no pass of memopt's.
 - **checkpoint**: the same graph, and nothing of a block kept but what it is given.

@@ -199,6 +199,8 @@ def divide(
     """
     batch, all_heads, queries, width = map(size_hint, q.shape)
     heads, keys = map(size_hint, k.shape[1:3])
+    if not queries:
+        return
     start = 0
     for (span, first), run in groupby(zip(*rules(spans, sinks, keys), strict=True)):
         stop = start + sum(1 for _ in run)

@@ -118,6 +118,8 @@ def _plain_backward(
     """
     check(q, k, v, spans, sinks)
     results = unwritten_backward(dout, q, k, v)
+    if not dout.numel():
+        return tuple(gradient.zero_() for gradient in results)
     with no_autocast(q):
         for heads in divide(q, k, v, spans, sinks):
             differentiate(heads, (dout, q, k, v, out, lse), scale, results)

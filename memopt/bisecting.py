@@ -32,8 +32,8 @@ def bisect(
     given = dict(options or {})
     own: dict[str, Any] = {**config.passes.to_dict()}
     default = {p.name: getattr(p, "default", True) for p in PASSES}
+    del default[CloneMutatedInputs.name]  # without which a backward may read what has changed
     names = [name for name, on in default.items() if config.enabled(name, default=on)]
-    names.remove(CloneMutatedInputs.name)  # without which a backward may read what has changed
 
     def is_right_with(first: int) -> bool:
         off = dict.fromkeys(names[first:], False)

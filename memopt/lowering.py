@@ -170,7 +170,8 @@ def _is_depthwise(gm: fx.GraphModule) -> bool:
     for node in gm.graph.nodes:
         if node.target in _CONVOLUTIONS:
             given = dict(zip(_ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
-            if given.get("groups", 1) > 1 and shape_of(given["weight"])[1] == 1:
+            groups = given.get("groups", 1)  # a node, where it is the size of a changing batch
+            if groups != 1 and shape_of(given["weight"])[1] == 1:
                 return True
     return False
 

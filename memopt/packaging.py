@@ -1,6 +1,6 @@
 """``memopt.package``: an exported program, compiled ahead of time under a memory budget."""
 
-from os import PathLike, fspath
+from os import PathLike
 from typing import Any
 
 from torch.export import ExportedProgram
@@ -9,6 +9,7 @@ from memopt import diagnosis
 from memopt.backend import cache_key, inductor_patches, read_options
 from memopt.errors import ConfigError
 from memopt.lowering import package_with_inductor
+from memopt.paths import checked_path
 from memopt.pipeline import PassContext
 from memopt.proofs import Proof
 from memopt.splitting import Splitter
@@ -32,10 +33,17 @@ def package(
         **options: as for ``torch.compile(backend="memopt", options=...)``.
 
     Raises:
-        ConfigError: an option is unknown or impossible, or has no meaning here.
+        ConfigError: an option is unknown or impossible, or has no meaning here; or there is no
+            program, or no such path.
         BudgetInfeasibleError: the program does not fit, in however many pieces.
     """
     config = read_options(options)
+    if not isinstance(program, ExportedProgram):
+        raise ConfigError(
+            f"memopt.package got a {type(program).__name__}: it takes what torch.export.export "
+            "returns"
+        )
+    target = None if path is None else str(checked_path(path, ("pt2",)))
     if config.lowering != "inductor" or config.plan is not None:
         raise ConfigError(
             f"memopt.package takes lowering='inductor' and no plan, not {config.lowering!r} and "
@@ -52,7 +60,7 @@ def package(
         split,
         key=cache_key(config, 0, None),
         patches=inductor_patches(config),
-        path=None if path is None else fspath(path),
+        path=target,
     )
     diagnosis.require_fit(split, Proof.of(split, None))
     return written

@@ -89,6 +89,8 @@ def told(
             constants[mask.node] = computed(graph, mask.node)
         return constants[mask.node]
 
+    if not all(shape_of(mask.node) for mask in masks):
+        return "its mask is one number, for all scores"
     if any(len(shape_of(mask.node)) > len(shape_of(mask.step)) for mask in masks):
         return "its mask has more dimensions than scores"
     if any(traced(mask.node).requires_grad for mask in masks):

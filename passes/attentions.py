@@ -88,6 +88,12 @@ class Attention:
         return f"{writer.name} overwrites them, or what they are copies of" if writer else ""
 
 
+def is_written_out(node: fx.Node) -> bool:
+    """Whether the model has an attention in steps, of which a pass made this node, and no call."""
+    source = node.meta.get("source_fn_stack") or [(node.name, ATTEND)]
+    return source[-1][1] is not ATTEND
+
+
 def _to_the_source(node: fx.Node) -> list[fx.Node]:
     """From keys or values to what they were before each head was repeated; empty if they were not.
 

@@ -98,6 +98,8 @@ def _reason_against(found: WrittenOut) -> str:
         return "a transform of functions is open"
     if any(is_traceable_wrapper_subclass(traced(n)) for n in inputs):
         return "it is distributed, or of another tensor subclass"
+    if shape_of(found.softmax)[-1] == 1:  # kernels leave noise where no gradient passes
+        return "there is one key, and nothing to save"
     if len(shape_of(last)) > 4 or len(found.heads) > 2:
         return f"it has {len(shape_of(last))} dimensions"
     several = {tuple(map(size_expr, lead[1:])) for lead in found.scores.leads if len(lead) > 1}

@@ -68,11 +68,8 @@ def formula_of(node: Any, known: dict[fx.Node, Formula | None]) -> Formula | Non
 
 
 def _counts(node: fx.Node) -> bool:
-    """Whether a node's value is whole numbers or booleans."""
-    value = traced(node)
-    return isinstance(value, torch.Tensor) and not (
-        value.dtype.is_floating_point or value.dtype.is_complex
-    )
+    """Whether a node's value is booleans, or whole numbers that no length brings to their end."""
+    return getattr(traced(node), "dtype", None) in (torch.bool, torch.int32, torch.int64)
 
 
 def _fitted(formula: Formula, node: fx.Node) -> Formula | None:

@@ -30,8 +30,8 @@ def reason_against(attention: Attention) -> str:
     """Why a call is not known to be causal self-attention, or ``""``."""
     arguments = attention.arguments
     query, value = arguments["query"], attention.value
-    if len(shape_of(query)) != 4 or not isinstance(shape_of(query)[HEADS], int):
-        return "its queries are not of four dimensions"
+    if reason := _reason_of_heads(attention):
+        return reason
     if arguments["dropout_p"] != 0.0:
         return "some of it may be dropped at random"
     if not isinstance(arguments["scale"], int | float | None):
@@ -58,16 +58,29 @@ def reads_window(attention: Attention, form: Form) -> bool:
         attention: the call.
         form: of its mask.
     """
-    given, value = attention.arguments, traced(attention.key)
+    given, key = attention.arguments, traced(attention.key)
     shape = shape_of(given["query"])
-    if not form.is_causal or value.device.type != "cpu" or given["dropout_p"] != 0.0:
+    if not form.is_causal or key.device.type != "cpu" or given["dropout_p"] != 0.0:
         return False
-    if len(shape) != 4 or not all(isinstance(n, int) for n in shape):
+    if _reason_of_heads(attention) or not all(isinstance(n, int) for n in shape):
         return False
     if shape[TOKENS] < _LEAST_WINDOWED or max(shape[3], shape_of(attention.value)[3]) > WIDEST:
         return False
     is_number = isinstance(given["scale"], int | float | None)
     return is_number and not attention.reason_to_repeat()
+
+
+def _reason_of_heads(attention: Attention) -> str:
+    """Why heads of queries do not read a head of keys each, as many to each; or ``""``."""
+    shapes = [shape_of(n) for n in (attention.arguments["query"], attention.key, attention.value)]
+    if any(len(shape) != 4 for shape in shapes):
+        return "its queries, keys and values are not all of four dimensions"
+    queries, keys, values = heads = [shape[HEADS] for shape in shapes]
+    if not all(isinstance(n, int) for n in heads):
+        return "its heads are not a number"
+    if keys != values or not keys or queries % keys:
+        return f"{queries} heads of queries read {keys} of keys and {values} of values"
+    return ""
 
 
 def windowed(graph: fx.Graph, attention: Attention, width: int) -> fx.Node:

@@ -4,8 +4,9 @@
     a mask of positions whose lengths are symbols, or of one query over keys that end in its own,
     as with a cache that grows. The mask may hide padding besides.
 (2) The plan knows a call by the module that makes it. A call that it does not know, or with
-    other heads, is of another model, which is an error.
-(3) Lengths that the plan was not made for run in full, with a warning.
+    other heads, is of another model, which is an error. Attention that is written out is no call.
+(3) Lengths that the plan was not made for run in full, with a warning. So does a module of which
+    only some calls are in the graph, as behind a graph break: it is not known which they are.
 (4) Where a span leaves so little out that nothing is saved, the call stays as it is.
 
 Pays: products, and in decoding the reading of keys and values, as by the plan's density. Does not:
@@ -31,7 +32,7 @@ from memopt.emit import shape_of
 from memopt.errors import ConfigError, PlanError
 from memopt.graph import source_line
 from memopt.kernels.banded_attention import ATTENTION
-from memopt.passes.attentions import ATTEND, HEADS, TOKENS, Attention
+from memopt.passes.attentions import ATTEND, HEADS, TOKENS, Attention, is_written_out
 from memopt.passes.modules import module_paths, path_of
 from memopt.passes.spanned_calls import banded, padding_of, reason_against, scale_of
 from memopt.pipeline import PassContext
@@ -90,19 +91,25 @@ class SparseAttention:
                 )
             return 0
         known = _known(self.plan)
+        nodes = [n for n in graph.nodes if n.target in (ATTEND, ATTENTION)]
+        made = Counter(module_paths(n)[0] for n in nodes if not is_written_out(n))
         calls: Counter[tuple[str, ...]] = Counter()
-        unknown_lengths: dict[str, None] = {}
+        warned: dict[str, None] = {}
         rewrites = 0
-        for node in [n for n in graph.nodes if n.target in (ATTEND, ATTENTION)]:
+        for node in nodes:
             paths = module_paths(node)
-            index, calls[paths[0]] = calls[paths[0]], calls[paths[0]] + 1
+            written_out = is_written_out(node)
+            index, calls[paths[0]] = calls[paths[0]], calls[paths[0]] + (not written_out)
             if node.target is ATTENTION:  # has a window of its own
                 continue
             attention = Attention.of(node)
             reason, padding = reason_against(attention), padding_of(attention)
+            if not reason and written_out:
+                reason = "the model writes it out, and a plan is of calls of attention"
             if not reason:
                 layer = self._layer(known, attention, paths, index)
-                reason = self._reason_for_all(attention, layer, unknown_lengths)
+                reason = _reason_of_others(known, layer, made[paths[0]], warned)
+                reason = reason or self._reason_for_all(attention, layer, warned)
             if not reason:
                 with graph.inserting_before(node):
                     node.replace_all_uses_with(banded(graph, attention, layer, self.plan.sinks))
@@ -113,7 +120,7 @@ class SparseAttention:
                 text = _loss(layer, self.plan) + (_OF_PADDING if padding else "")
             kind = RemarkKind.MISSED if reason else RemarkKind.APPLIED
             ctx.remark(self.name, kind, text, node.name, source_line(node))
-        for text in unknown_lengths:
+        for text in warned:
             warnings.warn(f"memopt pass {self.name!r}: {text}", stacklevel=2)
         return rewrites
 
@@ -128,6 +135,11 @@ class SparseAttention:
         layer = next((known[path, index] for path in paths if (path, index) in known), None)
         where = f"call {index} of attention in module {'.'.join(paths[0])!r}"
         again = f"the plan is for the model {self.plan.fingerprint}: calibrate this one"
+        if paths == [()]:
+            again += (
+                ", or, where the graph begins within that module, as behind a graph break, remove "
+                "the break: TORCH_LOGS=graph_breaks names it"
+            )
         if layer is None:
             raise PlanError(f"the plan of pass {self.name!r} does not know {where}; {again}")
         query: Any = shape_of(attention.arguments["query"])
@@ -141,7 +153,7 @@ class SparseAttention:
         return layer
 
     def _reason_for_all(
-        self, attention: Attention, layer: LayerSpans, unknown: dict[str, None]
+        self, attention: Attention, layer: LayerSpans, warned: dict[str, None]
     ) -> str:
         """Why a call that could be rewritten is not, or ``""``."""
         if not layer.rules:
@@ -155,7 +167,7 @@ class SparseAttention:
                 f"{size_hint(n)} tokens are not {self.plan.shortest} to {self.plan.longest}, "
                 "which the plan was made for"
             )
-            unknown[f"{text}: attention is computed in full"] = None
+            warned[f"{text}: attention is computed in full"] = None
             return text
         return "" if self.always else self._reason_to_save_none(attention, layer)
 
@@ -180,6 +192,20 @@ def _known(plan: SpanPlan) -> Known:
     """The plan's layers, by path and by which of their module's calls they are."""
     split = [(layer.name.partition("#"), layer) for layer in plan.layers]
     return {(path_of(name), int(index or 0)): layer for (name, _, index), layer in split}
+
+
+def _reason_of_others(known: Known, layer: LayerSpans, made: int, warned: dict[str, None]) -> str:
+    """Why it is not known which of its module's calls a call is, or ``""``."""
+    module = layer.name.partition("#")[0]
+    calls = sum(path == path_of(module) for path, _ in known)
+    if made >= calls:
+        return ""
+    text = f"{made} of the {calls} calls of attention in module {module!r} are in the graph"
+    warned[
+        f"{text}, and which is not known: attention is computed in full; remove the graph break "
+        "that parts them, which TORCH_LOGS=graph_breaks names"
+    ] = None
+    return text
 
 
 def _loss(layer: LayerSpans, plan: SpanPlan) -> str:

@@ -50,6 +50,11 @@ def test_what_is_named_is_looked_at_with_its_options_and_what_is_off_stays_off()
     assert memopt.bisect(is_right, {"passes": given}) == "compress"
 
 
+def test_what_keeps_inputs_whole_may_be_off() -> None:
+    off = {"passes": {"clone_mutated_inputs": False}}
+    assert memopt.bisect(lambda options: not runs(options, "weigh_rows"), off) == "weigh_rows"
+
+
 def test_without_any_pass_it_is_none_of_them() -> None:
     assert memopt.bisect(lambda options: False) is None
 

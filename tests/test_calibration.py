@@ -278,6 +278,8 @@ def test_models_of_transformers_are_profiled_and_run_under_their_plan(name: str)
         ({"block": 2.0}, "block=2.0"),
         ({"sinks": -4}, "sinks=-4"),
         ({"kinds": ("spiral",)}, "unknown kind of rule 'spiral'"),
+        ({"kinds": ()}, r"kinds=\(\)"),
+        ({"kinds": "elastic"}, "kinds='elastic'"),
         ({"holdout": []}, "0 held-out"),
         ({"lengths": (64,)}, r"lengths=\[64\]: the batches have \[32\]"),
         ({"loss": lambda m, ids: m.embed(ids)}, "a scalar loss is needed"),
@@ -286,6 +288,41 @@ def test_models_of_transformers_are_profiled_and_run_under_their_plan(name: str)
 def test_a_value_that_cannot_be_is_refused(options: Any, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         plan_of(model("told"), **options)
+
+
+@pytest.mark.parametrize("rest", [0.0, 1.0])
+def test_a_loss_that_is_not_finite_is_refused(rest: float) -> None:
+    """Of batches that are profiled, and of those that are held out."""
+
+    def loss(given: Any, ids: Tensor) -> Tensor:
+        value: Tensor = given(ids) * (torch.nan if float(ids[0, 0] % 2) == rest else 1.0)
+        return value
+
+    ids = data(32)[0]
+    (even, odd) = (ids.clone(), ids.clone())
+    even[0, 0], odd[0, 0] = 0, 1
+    with pytest.raises(ConfigError, match=r"is nan.*finite"):
+        plan_of(model("told"), [even], holdout=[odd], loss=loss)
+
+
+def test_a_plan_whose_loss_is_no_number_is_not_the_best() -> None:
+    given, calls = model("told"), [0]
+
+    def loss(m: Any, ids: Tensor) -> Tensor:
+        calls[0] += 1  # to profile, in full, and under a plan
+        value: Tensor = m(ids) * (torch.nan if calls[0] > 2 else 1.0)
+        return value
+
+    with pytest.raises(LossGuardError, match="rises by nan"):
+        plan_of(given, data(32), loss=loss)
+
+
+def test_the_guard_holds_for_losses_below_zero() -> None:
+    given = model("told")
+    plan = plan_of(given, loss=lambda m, ids: m(ids) - 100.0)
+    (row,) = plan.losses
+    assert row.full < 0
+    assert (plan.loss_change > 0) == (row.sparse > row.full)
 
 
 def test_a_model_that_returns_no_loss_is_refused() -> None:

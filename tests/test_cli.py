@@ -106,6 +106,14 @@ def test_json_is_all_that_stdout_holds(tmp_path: Path, capsys: Captured) -> None
     assert '"beside":{' in second.read_text("utf-8")
 
 
+def test_a_page_to_be_beside_is_read_before_anything_is_compiled(
+    tmp_path: Path, capsys: Captured
+) -> None:
+    command = ["explain", "no_such_module:f", "--html", str(tmp_path / "a.html")]
+    assert main([*command, "--beside", str(tmp_path / "none.html")]) == 1
+    assert "cannot read the page" in capsys.readouterr().err
+
+
 def test_explain_compiles_and_reports(capsys: Captured) -> None:
     options = json.dumps({"lowering": "eager"})
     assert main(["explain", HERE, "--budget", "min", "--options", options, "--json"]) == 0

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
 import memopt
 from bench.meter import Meter
 from bench.zoo import MODELS
+from memopt import lowering
 from memopt._torch import dynamo_counters
 from tests.training import assert_trains_within_reference_error, train_step
 
@@ -65,6 +67,34 @@ def test_the_report_foretells_the_measured_peak() -> None:
     (graph,) = memopt.explain(model, options=options, **inputs).graphs
     measured = peak_of(torch.compile(model, backend="memopt", options=options), model, inputs)
     assert abs(graph.predicted_peak_bytes - measured) <= max(measured // 100, 2**15)
+
+
+def test_groups_may_be_a_batch_that_changes() -> None:
+    """A filter for each image, as in StyleGAN2: the number of groups is no number in the graph."""
+
+    class Modulated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 2, 3, 3))
+
+        def forward(self, x: Tensor, style: Tensor) -> Tensor:
+            batch = len(x)
+            weight = (self.weight * style[:, None, :, None, None]).flatten(0, 1)
+            images = x.reshape(1, -1, *x.shape[2:])
+            y = F.conv2d(images, weight, padding=1, groups=batch)
+            return y.reshape(batch, -1, *x.shape[2:])
+
+    found = []
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        (node,) = gm.graph.find_nodes(op="call_function", target=F.conv2d)
+        found.append((type(node.kwargs["groups"]), lowering._is_depthwise(gm)))
+        return gm
+
+    torch.compile(Modulated(), backend=backend, dynamic=True)(
+        torch.randn(2, 2, 6, 5), torch.randn(2, 2)
+    )
+    assert found == [(fx.Node, False)]
 
 
 def test_a_second_compilation_comes_from_the_cache_and_other_options_do_not() -> None:

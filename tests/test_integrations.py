@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+import memopt
 from bench.meter import Meter
+from memopt.errors import ConfigError
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 OPTIONS: dict[str, Any] = {"memory_budget": 0.9, "lowering": "eager", "strict": True}
@@ -106,6 +109,20 @@ def test_label_smoothing_of_the_trainer_makes_no_logits() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "path", "why"),
+    [
+        (nn.Linear(2, 2), "a.pt2", "what torch.export.export returns"),
+        (None, "a.txt", "try 'a.pt2'"),
+        (None, "nowhere/a.pt2", "create it first"),
+    ],
+)
+def test_a_package_that_cannot_be_is_refused_at_once(program: Any, path: str, why: str) -> None:
+    exported = torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),))
+    with pytest.raises(ConfigError, match=why):
+        memopt.package(program or exported, path)
+
+
 def test_a_package_of_aotinductor_is_cut_to_the_budget(tmp_path: Path) -> None:
     module = example("aoti_package")
     (model, x), peaks = module.network(), []

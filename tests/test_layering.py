@@ -20,8 +20,9 @@ LAYERS: tuple[str, ...] = (
     "attention.influence attention.rules attention.runs cache.codes cache.rows cache.shape "
     "cache.store cli.asked "
     "cli.benching lazy.rows memory.ledger memory.meter rows.body",
-    "_transformers config joint kernels record attention.layers lazy.rules rows.nodes rows.rules "
-    "rows.tiling",
+    "_transformers config kernels record storages attention.layers lazy.rules rows.nodes "
+    "rows.rules rows.tiling",
+    "joint",
     "losses trials attention.profile attention.view cache.layer lazy.logits memory.lives "
     "memory.schedule memory.workspace planner.mincut report.page report.text rows.kernel "
     "rows.reader",

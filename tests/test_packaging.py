@@ -284,7 +284,7 @@ def test_what_is_built_installs_into_a_fresh_environment(
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.strip()
 
-    run(sys.executable, "-m", "venv", "fresh")
+    run(sys.executable, "-m", "venv", "--without-pip", "fresh")  # pip and setuptools of here
     own = tmp_path / "fresh" / "bin"
     purelib = run(own / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
     outer = Path(str(torch.__file__)).parents[1]

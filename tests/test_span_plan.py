@@ -195,3 +195,8 @@ def test_rules_that_agree_at_all_lengths_are_one() -> None:
 def test_a_rule_of_another_kind_is_an_error() -> None:
     with pytest.raises(PlanError, match="known kinds are"):
         from_dict({"kind": ["elastic"]})
+
+
+def test_a_plan_without_rules_has_no_picture(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no layer of the plan has rules"):
+        plan_for(("a", 4, 2, 8, ())).plot(tmp_path / "plan.png")

@@ -23,8 +23,11 @@ from memopt.kernels.rows import IndexTargets
 _DRAWS = 3
 _OPTIONS: dict[str, Any] = {
     "strict": True,
-    # On a GPU it is chosen by measurement, and there may be none to measure on.
-    "passes": {"chunk_losses": {"chunk_rows": 16}},
+    # Without a name they are chosen by measurement, and there may be no GPU to measure on.
+    "passes": {
+        "chunk_losses": {"chunk_rows": 16},
+        **dict.fromkeys(("fuse_rotary", "fuse_norms", "fuse_gates"), True),
+    },
 }
 Results = tuple[Tensor, Tensor]
 """The losses of all inputs `(D,)`, and all gradients `(D, P)` in the order of the parameters."""

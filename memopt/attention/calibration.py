@@ -9,6 +9,7 @@ Source: MoA: Fu et al. (2024), arXiv:2406.14909.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -93,9 +94,11 @@ def calibrate(
             for objective, layers in _searched(profiles, ruled, rules, seen, sinks, block, budget)
         ]
         full = [held_out(model, batch, run) for batch in advancing("full", held)]
+        if odd := next((value for _, value in full if not math.isfinite(value)), None):
+            raise ConfigError(f"the loss of a held-out batch is {odd}: a finite one is needed")
         found = [tried(model, plan, held, full, run) for plan in advancing("try", plans)]
-    best = min(found, key=lambda plan: plan.loss_change)
-    if best.loss_change > guard:
+    best = min(found, key=lambda plan: (math.isnan(plan.loss_change), plan.loss_change))
+    if not best.loss_change <= guard:
         raise LossGuardError(
             f"the held-out loss rises by {best.loss_change:.1%} at a budget of {budget:g}, and "
             f"guard={guard:g} allows {guard:.1%}: raise the budget or the guard",
@@ -112,6 +115,8 @@ def _check(budget: float, guard: float, block: int, sinks: int, kinds: Sequence[
     for name, value, least in (("block", block, 1), ("sinks", sinks, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}={value!r}: allowed is a number of tokens from {least} on")
+    if isinstance(kinds, str) or not kinds:
+        raise ConfigError(f"kinds={kinds!r}: allowed are names of some, of {sorted(KINDS)}")
     for kind in kinds:
         if kind not in KINDS:
             raise ConfigError(f"unknown kind of rule {kind!r}; known: {', '.join(sorted(KINDS))}")

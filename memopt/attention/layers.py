@@ -63,8 +63,8 @@ class LengthLoss:
 
     @property
     def change(self) -> float:
-        """How much higher the loss is, over the loss of the model as it is."""
-        return (self.sparse - self.full) / self.full if self.full else self.sparse
+        """How much higher the loss is, over the size of that of the model as it is."""
+        return (self.sparse - self.full) / (abs(self.full) or 1.0)
 
 
 def signature(query_heads: int, width: int, scale: float) -> str:

@@ -149,7 +149,7 @@ class SpanPlan:
             path: a file that ends in ``.png``, ``.svg`` or ``.pdf``; one that exists is replaced.
 
         Raises:
-            ConfigError: the suffix is another one.
+            ConfigError: the suffix is another one, or no layer has rules.
             MissingExtraError: matplotlib is not installed.
         """
         target = Path(path)
@@ -157,6 +157,8 @@ class SpanPlan:
             raise ConfigError(
                 f"cannot draw {str(target)!r}: the name must end in {' or '.join(_PICTURES)}"
             )
+        if not any(layer.rules for layer in self.layers):
+            raise ConfigError("no layer of the plan has rules: there is nothing to draw")
         draw(self.layers, self.losses, target)
         return target
 

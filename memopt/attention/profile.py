@@ -12,6 +12,7 @@ from memopt.attention.influence import pooled, shares
 from memopt.attention.layers import LayerSpans
 from memopt.attention.rules import Rule
 from memopt.attention.runs import Loss, scalar
+from memopt.errors import ConfigError
 from memopt.kernels.banded_attention import WIDEST
 from memopt.progress import advancing
 
@@ -48,6 +49,9 @@ def profiled(model: nn.Module, batches: Sequence[Any], loss: Loss, block: int) -
         batches: as `memopt.attention.calibrate` takes them.
         loss: of the model and a batch.
         block: tokens on a side of a block.
+
+    Raises:
+        ConfigError: a loss, or its gradient by what a call returns, is not finite.
     """
     profiles: dict[str, Profile] = {}
     for batch in advancing("profile", batches):
@@ -76,6 +80,11 @@ def profiled(model: nn.Module, batches: Sequence[Any], loss: Loss, block: int) -
             if gradient is not None:
                 q, k, v = call.qkv
                 influence = pooled(q, k, v, gradient, call.scale, block)
+                if not influence.isfinite().all():
+                    raise ConfigError(
+                        f"the loss of a batch is {value.item():g}, and of {call.name!r} some "
+                        "scores, or the gradient, are not finite: leave such batches out"
+                    )
                 profiles[call.name].add(influence, q.shape[2])
     return list(profiles.values())
 

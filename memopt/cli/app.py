@@ -268,6 +268,10 @@ def _check_pages(html: Path | None, beside: Path | None = None) -> None:
         raise typer.BadParameter("it takes --html, the page to write", param_hint="--beside")
     if html is not None:
         checked_path(html, ("html", "htm"))
+    if beside is not None:
+        from memopt.report.page import read_page
+
+        read_page(beside)
 
 
 def _report(report: Any, html: Path | None, beside: Path | None, as_json: bool) -> None:

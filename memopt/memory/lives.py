@@ -57,6 +57,7 @@ class Half:
         self.value: dict[int, dict[int, int]] = {}
         self.reads: dict[int, set[int]] = {}  # what inlined values are computed from
         self.overwritten: list[tuple[int, int]] = []  # the step, and the life that ends before it
+        self.prepare()
         shared: dict[int, int] = {}
         for i in held:
             for s in storages_of(joint, (i,)):
@@ -70,6 +71,9 @@ class Half:
             if overwrites(joint.nodes[i]):
                 dead = self.value[joint.inputs[i][0]].values()
                 self.overwritten += [(step, life) for life in dead]
+
+    def prepare(self) -> None:
+        """Find out what has to be known of all nodes before the first of them runs."""
 
     def visit(self, step: int, i: int) -> None:
         """Run one node: what it makes is born, what it reads is alive."""
@@ -112,21 +116,12 @@ class Half:
 class FusedHalf(Half):
     """The same, where pointwise values that only loops read are never written to memory."""
 
-    def __init__(
-        self,
-        joint: JointGraph,
-        order: Sequence[int],
-        *,
-        start: int,
-        held: Iterable[int],
-        kept: Iterable[int],
-    ) -> None:
-        kept = tuple(kept)
-        self.written = read_by_library_calls(joint, order) | storages_of(joint, kept)
+    def prepare(self) -> None:
+        joint, order = self.joint, self.order
+        self.written = read_by_library_calls(joint, order) | storages_of(joint, self.kept)
         self.written |= draws_read_by_reductions(joint, order)
         self.readers = Counter(chain.from_iterable(joint.inputs[i] for i in order))
         self.loops: list[tuple[int, int, set[int]]] = []  # step, result, what it may replace
-        super().__init__(joint, order, start=start, held=held, kept=kept)
 
     def visit(self, step: int, i: int) -> None:
         joint, kind = self.joint, self.joint.kind[i]

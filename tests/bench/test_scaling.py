@@ -9,7 +9,8 @@ import pytest
 
 from bench import scaling
 from bench.__main__ import main
-from bench.scaling import Fabric, Model, Part, Training, run
+from bench.scaling import Model, run
+from bench.sharding import Fabric, Part, Training
 from memopt.device import DEVICES
 from tests.distributed_models import WIDTH, sharded_step
 from tests.ranks import Ranks, ranks

@@ -271,7 +271,9 @@ def test_what_is_no_banded_attention_is_an_error(change: dict[str, Any], message
         ATTENTION(*(good | change).values(), 0.25)
 
 
-def test_nothing_in_gives_nothing_out() -> None:
-    inputs, dout = draw((0, 2, 2, 5, 5, 8, 8))
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 5, 5), (1, 0, 5), (1, 0, 0)])
+def test_nothing_in_gives_nothing_out(batch: int, queries: int, keys: int) -> None:
+    inputs, dout = draw((batch, 2, 2, queries, keys, 8, 8))
     found = run(ATTENTION, inputs, dout, [2, 0], [0, 0], 0.3)
     assert [t.shape for t in found[2:]] == [t.shape for t in inputs]
+    assert not any(gradient.any() for gradient in found[2:])

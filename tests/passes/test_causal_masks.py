@@ -126,6 +126,12 @@ def by_steps(x: Tensor) -> Tensor:
     return at[None] <= at[:, None]
 
 
+def of_bytes(x: Tensor) -> Tensor:
+    """What is below zero is 255, and hidden no more."""
+    at = torch.arange(x.shape[2], dtype=torch.uint8)
+    return at[:, None] - at >= 0
+
+
 def from_behind(x: Tensor) -> Tensor:
     at = positions(x)
     return at[at - 1][None] <= at[:, None]
@@ -170,6 +176,7 @@ def later_than(x: Tensor) -> Tensor:
         twice_as_fast,
         of_floats,
         by_steps,
+        of_bytes,
         from_behind,
         given,
         overwritten,

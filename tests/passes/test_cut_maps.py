@@ -1,65 +1,25 @@
 """Maps computed some rows at a time: the same numbers, of exact sums, and fewer bytes."""
 
 import copy
-import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import Tensor, nn
 
 import memopt
-from bench.meter import Meter
 from bench.zoo.decoders import ResidualBlock
-from memopt._torch import FakeTensorMode, select_decomp_table
 from memopt.graph import aten
-from memopt.kernels.map_rows import KEEP, PUT
+from memopt.kernels.map_rows import PUT
 from memopt.passes import CUT_MAPS
-from memopt.passes.joint_nodes import call
-from memopt.passes.map_moves import empty, part, put, take, write_in_place
-
-
-def traced(module: nn.Module, x: Tensor) -> tuple[fx.GraphModule, Callable[[Tensor], Any]]:
-    """The graph of a module as Inductor would have it, and what runs it."""
-    values = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-    def function(given: list[Tensor], x: Tensor) -> Any:
-        named = dict(zip(values, given, strict=True))
-        return torch.func.functional_call(module, named, (x,))
-
-    own = [value.detach() for value in values.values()]
-    trace = make_fx(function, tracing_mode="fake", decomposition_table=select_decomp_table())
-    with torch.no_grad():
-        gm = trace(own, x)
-    gm.graph.eliminate_dead_code()
-
-    def run(x: Tensor) -> Any:
-        with torch.no_grad():
-            return gm(own, x)
-
-    return gm, run
-
-
-def cut(gm: fx.GraphModule, pieces: int) -> int:
-    """Cut all that can be; how many regions are."""
-    names = CUT_MAPS(gm.graph, {})
-    CUT_MAPS(gm.graph, dict.fromkeys(names, pieces))
-    write_in_place(gm.graph)
-    gm.graph.lint()
-    gm.recompile()
-    return len(names)
-
-
-def whole_numbers(module: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
-    """With weights and inputs of which every sum is exact, in whatever order."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randint(-2, 3, parameter.shape))
-    return module.eval(), torch.randint(-2, 3, x.shape).to(x.dtype)
+from tests.passes.map_graphs import (
+    cut,
+    peak,
+    traced,
+    whole_numbers,
+)
 
 
 class Residual(nn.Module):
@@ -203,97 +163,6 @@ def test_the_numbers_are_the_same(form: str, pieces: int) -> None:
     assert actual.stride() == expected.stride()
 
 
-class Drawn(nn.Module):
-    """A graph of some operators on maps, drawn; it returns several of its values."""
-
-    def __init__(self, rng: random.Random) -> None:
-        super().__init__()
-        self.weights = nn.ParameterList()
-        self.steps: list[Callable[[list[Tensor]], Tensor]] = []
-        for _ in range(rng.randint(3, 9)):
-            self.steps.append(self.draw(rng))
-        self.returned = rng.sample(range(1, len(self.steps) + 1), k=min(2, len(self.steps)))
-
-    def draw(self, rng: random.Random) -> Callable[[list[Tensor]], Tensor]:
-        """One operator of earlier values, the last among them most often."""
-        back = rng.choice([1, 1, 1, 2, 3])
-        kernel, stride, dilation = rng.randint(1, 4), rng.choice([1, 1, 2]), rng.choice([1, 1, 2])
-        padding = rng.randint(0, min(3, dilation * (kernel - 1)))
-        number = len(self.weights)
-
-        def source(values: list[Tensor]) -> Tensor:
-            return values[-min(back, len(values))]
-
-        def convolution(values: list[Tensor]) -> Tensor:
-            weight = self.weights[number]
-            return F.conv2d(source(values), weight, None, stride, padding, dilation)
-
-        def transposed(values: list[Tensor]) -> Tensor:
-            return F.conv_transpose2d(source(values), self.weights[number], None, stride, padding)
-
-        def pair(values: list[Tensor]) -> Tensor:
-            x = source(values)
-            alike = [value for value in values if value.shape == x.shape]
-            return x + alike[0]
-
-        def both(values: list[Tensor]) -> Tensor:
-            x = source(values)
-            alike = [value for value in values if value.shape == x.shape]
-            return torch.cat([alike[0][:, 1:3], x[:, :2]], 1)
-
-        def centred(values: list[Tensor]) -> Tensor:
-            groups = source(values).reshape(1, 2, 2, -1)
-            return (groups - groups.amax((2, 3), keepdim=True)).reshape(source(values).shape)
-
-        unary: list[Callable[[Tensor], Tensor]] = [
-            F.relu,
-            lambda x: F.interpolate(x, scale_factor=2.0) if x.shape[2] < 60 else x,
-            lambda x: F.max_pool2d(x, 3, 2, 1) if x.shape[2] > 20 else x,
-            lambda x: x - x.amax((2, 3), keepdim=True),
-            lambda x: torch.cat([*x.reshape(1, 2, 2, *x.shape[2:]).unbind(2)], 1),
-            lambda x: x.permute(0, 2, 3, 1).matmul(torch.ones(4, 4)).permute(0, 3, 1, 2),
-            lambda x: F.pad(x, (1, 1, 2, 2), mode="reflect"),
-            lambda x: x.transpose(2, 3).contiguous().transpose(2, 3) * 2,
-        ]
-        alone = rng.choice(unary)
-        choices = [convolution, convolution, transposed, pair, both, centred]
-        chosen = rng.choice([*choices, lambda values: alone(source(values))])
-        if chosen in (convolution, transposed):
-            self.weights.append(torch.empty(4, 4, kernel, kernel))
-        return chosen
-
-    def forward(self, x: Tensor) -> Any:
-        values = [x]
-        for step in self.steps:
-            values.append(step(values))
-        return [values[i] for i in self.returned]
-
-
-@pytest.mark.parametrize("seed", range(60))
-def test_drawn_graphs_give_the_same_numbers(seed: int) -> None:
-    rng = random.Random(seed)
-    module, x = whole_numbers(Drawn(rng), torch.empty(1, 4, rng.choice([24, 32, 41]), 24))
-    try:
-        gm, run = traced(module, x)
-    except RuntimeError as error:  # a kernel that is larger than the map
-        pytest.skip(str(error))
-    expected = run(x)
-    drawn = {name: rng.choice([0, 2, 4, 8]) for name in CUT_MAPS(gm.graph, {})}
-    CUT_MAPS(gm.graph, {name: pieces for name, pieces in drawn.items() if pieces})
-    write_in_place(gm.graph)
-    for one, other in zip(run(x), expected, strict=True):
-        assert torch.equal(one, other)
-
-
-def peak(run: Callable[[Tensor], Any], x: Tensor) -> int:
-    with torch.no_grad():
-        run(x)
-        with Meter() as meter:
-            result = run(x)
-    del result
-    return int(meter.peak_bytes)
-
-
 @pytest.mark.parametrize("form", ["residual", "norms", "norms of groups", "U-Net"])
 def test_less_is_alive(form: str) -> None:
     build, _ = FORMS[form]
@@ -432,68 +301,6 @@ def test_a_graph_whose_order_matters_is_left_alone(form: Callable[[Tensor, Tenso
     before = str(gm.graph)
     assert not cut(gm, 4)
     assert str(gm.graph) == before
-
-
-def test_rows_go_to_their_channels_of_the_very_map() -> None:
-    def move(x: Tensor, dim: int) -> Any:
-        graph = fx.Graph()
-        gm = fx.GraphModule({}, graph)
-        given = graph.placeholder("x")
-        given.meta["val"] = FakeTensorMode().from_tensor(x)
-        rows = take(given, dim, 2, 5, like=given)
-        part = call(graph, aten.slice.Tensor, rows, 1, 0, 2, like=rows)
-        more = call(graph, aten.add.Scalar, part, 1, like=part)
-        graph.output(put(given, more, dim, 1, channel=1, like=given))
-        write_in_place(graph)
-        gm.recompile()
-        return gm(x)
-
-    for layout in (torch.contiguous_format, torch.channels_last):
-        for dim in (2, 3):
-            x = torch.randn(2, 3, 8, 5).to(memory_format=layout)
-            expected = x.clone()
-            expected.narrow(dim, 1, 3)[:, 1:] = x.narrow(dim, 2, 3)[:, :2] + 1
-            assert move(x, dim) is x
-            assert torch.equal(x, expected)
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dim", [0, 2])
-def test_values_in_one_map_are_dense_in_their_rows(dim: int, layout: Any) -> None:
-    graph = fx.Graph()
-    like = torch.empty(2, 6, 4, 5).to(memory_format=layout)
-    with FakeTensorMode() as mode:
-        origin = graph.placeholder("x")
-        origin.meta["val"] = mode.from_tensor(like)
-        map_ = empty(origin, torch.empty_like(origin.meta["val"]))
-        parts = [part(map_, dim, 0, 2, like=origin), part(map_, dim, 2, 4, like=origin)]
-    graph.output([map_, *parts])
-    whole, few, many = fx.GraphModule({}, graph)(like)
-    for number, value in enumerate((few, many)):
-        value.copy_(torch.full_like(value, number))
-        row = value[0, :, 0] if dim == 2 else value[0]
-        if dim == 0 or layout is torch.channels_last:  # all channels of a row lie together
-            assert row.is_contiguous() or row.movedim(0, -1).is_contiguous()
-    assert few.eq(0).all()
-    assert many.eq(1).all()
-    for rows in whole.unbind(dim):
-        assert rows.sum() == many.select(dim, 0).numel()  # nothing beyond its own row
-
-
-def test_rows_are_kept_in_the_layout_that_is_asked_for() -> None:
-    x = torch.randn(2, 3, 8, 5)
-    rows = KEEP(x[:, :, 2:5], torch.channels_last)
-    assert torch.equal(rows, x[:, :, 2:5])
-    assert rows.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_put_rows_leaves_the_map_as_it_was() -> None:
-    x, rows = torch.randn(2, 3, 8, 5), torch.randn(2, 2, 3, 5)
-    before = x.clone()
-    changed = PUT(x, rows, 2, 4, 1)
-    assert torch.equal(x, before)
-    before[:, 1:, 4:7] = rows
-    assert torch.equal(changed, before)
 
 
 class Decoder(nn.Module):

@@ -353,6 +353,14 @@ def test_what_is_something_else_is_left_alone(form: Form, why: str) -> None:
     assert_left(form, [x.requires_grad_() for x in draw()], why)
 
 
+def test_one_key_passes_no_gradient_to_queries_not_even_noise() -> None:
+    """As a summary of a sequence attends, such as messages of inkling."""
+    q, k, v = draw()
+    given = [x.requires_grad_() for x in (q, k[..., :1, :], v[..., :1, :])]
+    assert not run(forms.plain, given)[1].any()
+    assert_left(forms.plain, given, "there is one key")
+
+
 def test_a_share_that_is_known_at_run_time_alone_is_left_alone() -> None:
     """With ``dynamic=True`` Dynamo makes an input of every float, a dropout's among them."""
     share = 0.0
@@ -479,3 +487,14 @@ def test_padding_of_an_eager_model_that_trains_is_left_alone() -> None:
     fused(**inputs)
     assert fused.rewrites == 0
     assert all("may see no key" in remark.text for remark in fused.said(RemarkKind.MISSED))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda q, k, v: (q @ k.mT + torch.tensor(0.5)).softmax(-1) @ v,
+        lambda q, k, v: (q @ k.mT).masked_fill(torch.tensor(False), -1e9).softmax(-1) @ v,
+    ],
+)
+def test_a_mask_of_one_number_is_left_alone(form: Form) -> None:
+    assert_left(form, [x.requires_grad_() for x in draw()], "one number")

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from bench.zoo.speech import chunk_encoder
 from memopt.graph import aten
-from tests.passes.test_cut_maps import cut, traced, whole_numbers
+from tests.passes.map_graphs import cut, traced, whole_numbers
 
 ROWS, PIECES = 64, 8
 IMAGE = torch.empty(1, 3, ROWS, 12)
