@@ -16,7 +16,7 @@ from memopt.config import Config
 from memopt.device import device_spec
 from memopt.lowering import Caches, check_patches, lower_eagerly, lower_with_inductor
 from memopt.memory.certify import certify
-from memopt.memory.ledger import LEDGER
+from memopt.memory.ledger import LEDGER, Crowded
 from memopt.passes import CUT_MAPS, CUT_ROWS, FORMS, JOINT, POST_GRAD, PRE_GRAD
 from memopt.pipeline import Compiled, Named, PassContext, Pipeline, configure
 from memopt.proofs import Proof, recall, remember
@@ -105,7 +105,9 @@ def compile_graph(
     if config.memory_budget.kind == "bytes" and proof.planned_peak_bytes is not None:
         _warn_of_earlier_graphs(split, proof.gradient_bytes)
         highest = proof.backward_peak_bytes + proof.others * proof.held_bytes
-        compiled = LEDGER.tracked(compiled, proof.held_bytes, proof.most_held_bytes, highest)
+        crowded = _crowded(config, proof)
+        held = proof.held_bytes, proof.most_held_bytes
+        compiled = LEDGER.tracked(compiled, *held, highest, crowded)
     for wrap in ctx.wrappers:
         compiled = wrap(compiled)
     return compiled
@@ -154,6 +156,26 @@ def _warn_of_earlier_graphs(split: Splitter, gradient_bytes: int) -> None:
         )
         split.ctx.remark("backend", RemarkKind.ANALYSIS, text)
         warnings.warn(text, stacklevel=2)
+
+
+def _crowded(config: Config, proof: Proof) -> Crowded | None:
+    """Warns when runs of a graph, such as of blocks that share it, pass the budget together."""
+    budget, held = int(config.memory_budget.value), proof.held_bytes
+    if not held:
+        return None
+
+    def warn(runs: int) -> None:
+        peak = proof.backward_peak_bytes + (runs - 1) * held
+        warnings.warn(
+            f"{runs} runs of one graph wait for their backward, each of which holds "
+            f"{format_bytes(held)}, and pass the memory_budget of {format_bytes(budget)} by "
+            f"{format_bytes(peak - budget)}: set the option repeats (now {config.repeats}) to how "
+            f"many there are in a step, such as the number of blocks that share the graph",
+            stacklevel=2,
+        )
+
+    room = 1 + max(0, budget - proof.backward_peak_bytes) // held
+    return Crowded(max(room, config.repeats), warn)
 
 
 def cache_key(config: Config, held_bytes: int, margin_bytes: int | None) -> str:

@@ -21,6 +21,7 @@ from memopt._torch import size_hint
 from memopt.emit import emit, traced
 from memopt.errors import ConfigError
 from memopt.graph import source_line
+from memopt.passes.class_shards import class_shards
 from memopt.passes.contrastive_losses import fuse_pairs
 from memopt.passes.divergence_operators import left_whole, write_divergence
 from memopt.passes.divergences import Divergence, Divergences, find_divergences
@@ -88,9 +89,9 @@ def _readers(head: Head, divergences: Divergences) -> _Readers | str:
     return found
 
 
-def _too_late(head: Head, last: fx.Node) -> str:
+def _too_late(head: Head, last: fx.Node, *, sharded: bool = False) -> str:
     """Why the logits may not be made as late as at ``last``; or ``""``."""
-    if reason := unsafe(head, last):
+    if reason := unsafe(head, last, sharded=sharded):
         return reason
     members = follow(head)[0].keys()
     read = {n for member in members - {head.node} for n in member.all_input_nodes}
@@ -169,15 +170,21 @@ class ChunkLosses:
         if not {loss.node for loss in found}.isdisjoint(i for loss in found for i in loss.inputs):
             return "one loss on the logits is an input of another"
         last = output if readers.returned else max(reader.node for reader in served)
+        shards = class_shards(head) if not readers.distilled and len(readers.heads) == 1 else None
+        if shards and (reason := shards.why_not(found)):
+            return reason
         whole = {d: divergences.teacher_stays(d) for d in readers.distilled}
         teachers = {d: left_whole(d.teacher) if s else d.teacher for d, s in whole.items()}
         refusals = (_too_late(teacher.head, d.node) for d, teacher in teachers.items())
-        late = _too_late(head, last) or self._refusal(head, readers.returned)
+        late = _too_late(head, last, sharded=shards is not None)
+        late = late or self._refusal(head, readers.returned, sharded=shards is not None)
         if reason := late or next(filter(None, refusals), ""):
             return reason
         if unstack(graph, readers.members):
             return self._rewrite(graph, head, ctx, find_divergences(graph))
-        operators = {own: RowOperators(graph, own, self.chunk_rows) for own in readers.heads}
+        operators = {
+            own: RowOperators(graph, own, self.chunk_rows, shards) for own in readers.heads
+        }
         for own, group in readers.losses.items():
             alone = len(group) == 1 and not readers.distilled
             operators[own].replace_all(group, alone=alone)
@@ -197,6 +204,8 @@ class ChunkLosses:
         text = f"{len(served)} reader{'s' * (len(served) > 1)} of the logits "
         text += f"by chunks of {rows} rows" if rows else "by tiles"
         text += f"; {head.classes} classes each"
+        if shards:
+            text += f", {shards.count} of them on this rank"
         if readers.returned:
             text += f"; returned logits: {self.logits}"
         for stays in filter(None, whole.values()):
@@ -205,12 +214,14 @@ class ChunkLosses:
         ctx.remark(self.name, RemarkKind.APPLIED, text, head.node.name, source)
         return ""
 
-    def _refusal(self, head: Head, returned: list[Logits]) -> str:
+    def _refusal(self, head: Head, returned: list[Logits], *, sharded: bool) -> str:
         """Why logits that are returned cannot be given up."""
         if not returned or self.logits in ("none", "keep"):
             return ""
         if self.logits == "full":
             return "the logits are returned, and the option logits='full' keeps them whole"
+        if sharded:  # one rank alone may come to use them, and would wait for the others
+            return "the head is distributed, and its logits are returned"
         if any(r.normalised or r.classes_at != -1 for r in returned):
             return "the graph returns the logits normalised or transposed"
         if any(len(r.biases) > 1 or any(map(is_one, r.biases)) for r in returned):

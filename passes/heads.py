@@ -163,10 +163,16 @@ def source_of(node: fx.Node) -> Head | None:
     return None
 
 
-def unsafe(head: Head, last: fx.Node) -> str:
-    """Why the product may not be computed as late as at ``last``, by an operator; or ``""``."""
+def unsafe(head: Head, last: fx.Node, *, sharded: bool = False) -> str:
+    """Why the product may not be computed as late as at ``last``, by an operator; or ``""``.
+
+    Args:
+        head: the head.
+        last: where the operator is to be.
+        sharded: whether the operator is to be one of each rank's own classes.
+    """
     inputs = [n for n in (head.hidden, head.weight, head.bias) if n is not None]
-    if any(is_traceable_wrapper_subclass(traced(n)) for n in inputs):
+    if not sharded and any(is_traceable_wrapper_subclass(traced(n)) for n in inputs):
         return "the head is distributed, or of another tensor subclass"
     if transformed(head.node, last):
         return "the head or its loss is inside a functorch transform"
@@ -228,4 +234,7 @@ def overwriter(
 def memory(node: fx.Node) -> Any:
     """What tensors share if they are views of each other; the node where it is no tensor."""
     value = traced(node)
+    while is_traceable_wrapper_subclass(value):  # which has no memory of its own
+        names, _ = value.__tensor_flatten__()
+        value = getattr(value, names[0])
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else node

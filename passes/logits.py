@@ -24,6 +24,7 @@ from memopt.passes.steps import (
     TRANSPOSES,
     cast_of,
     divides,
+    gathers,
     is_one,
     overwrites,
 )
@@ -135,8 +136,8 @@ def _is_input(user: fx.Node, logits: Logits) -> bool:
 
 
 def _same(user: fx.Node, logits: Logits, head: Head) -> Logits | None:
-    plain = user.target in PLAIN and _is_input(user, logits)
-    return logits if plain else None
+    plain = user.target in PLAIN or gathers(user)
+    return logits if plain and _is_input(user, logits) else None
 
 
 def _detached(user: fx.Node, logits: Logits, head: Head) -> Logits | None:

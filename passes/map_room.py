@@ -7,6 +7,7 @@ free; those of one that dies while a result is computed take the result row by r
 import operator
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -156,15 +157,34 @@ class Room:
         return True
 
     def _empty(self, node: fx.Node) -> fx.Node:
-        """A map for a value: as it was, or in the layout that convolutions on the CPU prefer.
-
-        That is where its readers take any layout: those that go by rows, and sums over it.
-        """
+        """A map for a value: as it was, or in the layout that convolutions on the CPU prefer."""
         value = node.meta["val"]
-        readers = [u for u in node.users if u not in self.by_rows or u.target in ATTENTIONS]
-        any_layout = all(user.target in _ANY_LAYOUT for user in readers)
-        layout = channels_last(value) if any_layout else torch.preserve_format
-        return empty(node, torch.empty_like(value, memory_format=layout))
+        laid = torch.empty_like(value, memory_format=channels_last(value))
+        return empty(node, laid if self._may_be(node, laid) else torch.empty_like(value))
+
+    def _may_be(self, node: fx.Node, laid: torch.Tensor) -> bool:
+        """Whether what is computed whole is laid out as before, if a value is as given."""
+        for user in node.users:
+            by_rows = user in self.by_rows and user.target not in ATTENTIONS
+            if by_rows and not (is_view(user) and self._is_seen(user)):
+                continue
+            if not by_rows and user.target not in _ANY_LAYOUT:
+                return False
+            target: Any = aten.reshape.default if user.target in VIEWS else user.target
+            result = target(laid, *user.args[1:], **user.kwargs)
+            if _layouts(result) == _layouts(user.meta["val"]):
+                continue
+            shown = is_view(user) and isinstance(result, torch.Tensor)
+            if not shown or not self._may_be(user, result):
+                return False
+        return True
+
+    def _is_seen(self, view: fx.Node) -> bool:
+        """Whether a view, or one of it, is read by what is not computed by rows."""
+        return any(
+            user not in self.by_rows or (is_view(user) and self._is_seen(user))
+            for user in view.users
+        )
 
 
 def channels_last(value: torch.Tensor) -> torch.memory_format:
@@ -174,6 +194,14 @@ def channels_last(value: torch.Tensor) -> torch.memory_format:
     return {4: torch.channels_last, 5: torch.channels_last_3d}.get(
         value.dim(), torch.preserve_format
     )
+
+
+def _layouts(value: object) -> list[list[int]]:
+    """The strides of every tensor of a result, where there is more than one place to step to."""
+    return [
+        [step for size, step in zip(t.shape, t.stride(), strict=True) if size != 1]
+        for t in pytree.tree_leaves(value)
+    ]
 
 
 def _is_whole(node: fx.Node, rule: Rule) -> bool:

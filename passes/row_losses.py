@@ -16,7 +16,7 @@ from memopt.passes.logits import Logits
 from memopt.passes.steps import name_of
 
 _ENTROPY = "input target weight size_average ignore_index reduce reduction label_smoothing"
-_NOTHING = -(2**62)  # an index that no target has
+NOTHING = -(2**62)  # an index that no target has
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _gather(node: fx.Node, logits: Logits) -> Loss | None:
     if not same_shape(shape_of(index), (*rows, 1)) or logits.classes_at != -1:
         return None
     return Loss(
-        node, logits, "log_prob" if logits.normalised else "gather", index, ignore_index=_NOTHING
+        node, logits, "log_prob" if logits.normalised else "gather", index, ignore_index=NOTHING
     )
 
 
@@ -196,7 +196,7 @@ def _indexed(node: fx.Node, logits: Logits) -> Loss | None:
     if not is_arange(rows, shape_of(logits.node)[0], node):
         return None
     kind = "log_prob" if logits.normalised else "gather"
-    return Loss(node, logits, kind, target, ignore_index=_NOTHING, wraps=True)
+    return Loss(node, logits, kind, target, ignore_index=NOTHING, wraps=True)
 
 
 def _row_and_class(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

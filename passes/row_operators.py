@@ -16,9 +16,10 @@ from memopt.kernels.chunks import has_row_kernel
 from memopt.kernels.cross_entropy_rows import ROWS
 from memopt.kernels.linear_cross_entropy import REDUCED
 from memopt.kernels.rows import IndexTargets
+from memopt.passes.class_shards import ClassShards, is_distributed
 from memopt.passes.heads import Head
 from memopt.passes.logits import Logits, rows_of
-from memopt.passes.row_losses import Loss
+from memopt.passes.row_losses import NOTHING, Loss
 from memopt.passes.steps import is_one
 
 
@@ -32,12 +33,14 @@ class RowOperators:
         reduced: the operator that reduces the one loss there is, or None.
     """
 
-    def __init__(self, graph: fx.Graph, head: Head, chunk_rows: int) -> None:
-        self.graph, self.head = graph, head
+    def __init__(
+        self, graph: fx.Graph, head: Head, chunk_rows: int, shards: ClassShards | None = None
+    ) -> None:
+        self.graph, self.head, self._shards = graph, head, shards
         self.rows: dict[Any, fx.Node] = {}
         self._asked = chunk_rows
         self.chunk_rows = chunk_rows or self._default()
-        self._shared: dict[Any, fx.Node] = {}
+        self._shared: dict[Any, tuple[fx.Node, fx.Node]] = {}
         self.like = head.node
         self.reduced: fx.Node | None = None
 
@@ -48,10 +51,22 @@ class RowOperators:
             losses: the losses.
             alone: whether nothing else reads the logits than one loss.
         """
+        if self._shards is not None:
+            losses = self._of_this_rank(self._shards, losses)
         if not self._asked:
             self.chunk_rows = self._fastest(losses)
         for loss in losses:
             self._replace(loss, losses, alone=alone)
+
+    def _of_this_rank(self, shards: ClassShards, losses: list[Loss]) -> list[Loss]:
+        """The losses of the rank's own classes, with a head of its own."""
+        with self.graph.inserting_before(losses[0].node):
+            self.head = shards.local(self.graph)
+        local = []
+        for loss in losses:
+            with self.graph.inserting_before(loss.node):
+                local.append(shards.local_loss(self.graph, loss, self.head))
+        return local
 
     def _default(self) -> int:
         z = traced(self.head.node)
@@ -74,14 +89,14 @@ class RowOperators:
         node = loss.node
         self.like = node
         with self.graph.inserting_before(node):
-            if loss.kind == "cross_entropy" and alone and loss.reduction != "none":
+            if self._reduces(loss) and alone:
                 mean = loss.reduction == "mean"
                 self.reduced = self._op(REDUCED, loss, mean)
                 result = self._item(self.reduced, 0)
             elif loss.kind == "cross_entropy":
                 result = self._reduced(loss)
             elif loss.kind == "log_sum_exp":
-                result = self._item(self._rows(_with_target(loss, losses)), 1)
+                _, result = self._rows(_with_target(loss, losses))
             elif loss.target is None:
                 result = self._summed(loss, losses)
             else:
@@ -148,21 +163,53 @@ class RowOperators:
         target = self._call("reshape", loss.target, -1)
         if not loss.wraps:
             return target
-        at = 1 if self.head.transposed else 0
-        last = self._call("add", target, extent(self.graph, self.head.weight, at))
+        last = self._call("add", target, self._classes())
         return self._call(torch.where, self._call("lt", target, 0), last, target)
 
-    def _rows(self, loss: Loss) -> fx.Node:
-        """The operator on rows; readers of the same rows and targets share it."""
+    def _classes(self) -> int | fx.Node:
+        """``V``, of all ranks."""
+        if self._shards is not None:
+            return self._shards.classes
+        return extent(self.graph, self.head.weight, 1 if self.head.transposed else 0)
+
+    def _reduces(self, loss: Loss) -> bool:
+        """Whether an operator may reduce a loss: of classes that one rank has."""
+        whole = self._shards is None and loss.kind == "cross_entropy"
+        return whole and loss.reduction != "none"
+
+    def _rows(self, loss: Loss) -> tuple[fx.Node, fx.Node]:
+        """Values and log-sum-exps by rows; readers of the same rows and targets share them."""
         options = loss.weight, loss.ignore_index, loss.label_smoothing
         differentiable = bool(traced(loss.node).requires_grad)
         key = loss.logits.values, loss.target, loss.wraps, options, differentiable
         if key not in self._shared:
-            self._shared[key] = self._op(ROWS, loss)
+            whole = self._shards is None
+            self._shared[key] = self._pair(loss) if whole else self._of_shards(loss)
         return self._shared[key]
 
+    def _pair(self, loss: Loss) -> tuple[fx.Node, fx.Node]:
+        rows = self._op(ROWS, loss)
+        return self._item(rows, 0), self._item(rows, 1)
+
+    def _of_shards(self, loss: Loss) -> tuple[fx.Node, fx.Node]:
+        """Values and log-sum-exps of all classes, of which this rank has some."""
+        shards = self._shards
+        assert shards is not None
+        if loss.target is None:
+            return shards.joined(self._call, *self._pair(loss), None)
+        target = self._typed(self._target(loss, self.head.hidden), torch.int64)
+        own, elsewhere = shards.own_targets(self._call, target, loss.ignore_index)
+        part = replace(loss, target=own, weight=None, ignore_index=NOTHING, wraps=False)
+        values, lse = shards.joined(self._call, *self._pair(part), elsewhere)
+        ignored = self._call("eq", target, loss.ignore_index)
+        if loss.weight is not None:
+            known = self._call("masked_fill", target, ignored, 0)
+            weights = self._call("index_select", loss.weight, 0, known)
+            values = self._call("mul", values, weights)
+        return self._call("masked_fill", values, ignored, 0.0), lse
+
     def _reduced(self, loss: Loss) -> fx.Node:
-        values = self._item(self._rows(loss), 0)
+        values, _ = self._rows(loss)
         if loss.reduction == "none":
             return values
         total = self._call("sum", values)
@@ -181,20 +228,17 @@ class RowOperators:
 
     def _picked(self, loss: Loss) -> fx.Node:
         """Log-probabilities of the targets, or their logits."""
-        rows = self._rows(loss)
-        values = self._item(rows, 0)
+        values, lse = self._rows(loss)
         if not loss.logits.negated:
             values = self._call("neg", values)
-        return (
-            values if loss.kind == "log_prob" else self._call("add", values, self._item(rows, 1))
-        )
+        return values if loss.kind == "log_prob" else self._call("add", values, lse)
 
     def _summed(self, loss: Loss, losses: list[Loss]) -> fx.Node:
         """Log-probabilities of all classes: ``sum(z) - V * lse``.
 
         The sum of a row's logits is a product with the sum of the weight's rows, `(H,)`.
         """
-        lse = self._item(self._rows(_with_target(loss, losses)), 1)
+        _, lse = self._rows(_with_target(loss, losses))
         wide = traced(lse).dtype
         trained = bool(traced(loss.node).requires_grad)
         x, weight, bias = self.inputs(loss.logits, trained=trained)
@@ -213,7 +257,12 @@ class RowOperators:
 
     def _as(self, result: fx.Node, loss: Loss) -> fx.Node:
         """In the dtype and shape of what it replaces."""
-        result = self._typed(result, traced(loss.node).dtype)
+        result = self._shaped(self._typed(result, traced(loss.node).dtype), loss)
+        if self._shards is not None and is_distributed(loss.node):
+            return self._shards.shared(self._call, result)
+        return result
+
+    def _shaped(self, result: fx.Node, loss: Loss) -> fx.Node:
         if not shape_of(result) or len(shape_of(loss.node)) == 1:
             return result
         if loss.target is not None:

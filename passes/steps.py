@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.distributed.tensor import DTensor
 
 from memopt._torch import OpOverload
 from memopt.emit import traced
@@ -40,6 +41,7 @@ _NORMS: Mapping[Any, str] = {
     torch.batch_norm: "input weight bias running_mean running_var training",
     torch.instance_norm: "input weight bias running_mean running_var training",
 }
+_GATHERS = frozenset({"redistribute", "to_local", "full_tensor"})
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
@@ -59,6 +61,22 @@ def cast_of(node: fx.Node) -> fx.Node | None:
 
 def _alike(before: torch.Tensor, after: torch.Tensor) -> bool:
     return before.device == after.device and {before.dtype, after.dtype} <= _FLOATS
+
+
+def gathers(node: fx.Node) -> bool:
+    """Whether a node only changes which ranks have what of a distributed tensor.
+
+    Behind it either every rank has all of the tensor, or the last dimension is cut.
+    """
+    source = traced(node.all_input_nodes[0]) if node.target in _GATHERS else None
+    if not isinstance(source, DTensor) or node.kwargs.keys() - {"placements", "async_op"}:
+        return False
+    after = traced(node)
+    if not isinstance(after, DTensor):
+        whole = node.target == "full_tensor" or all(p.is_replicate() for p in source.placements)
+        return whole and len(node.args) == 1
+    alike = after.device_mesh == source.device_mesh and after.dtype == source.dtype
+    return alike and all(p.is_replicate() or p.is_shard(after.dim() - 1) for p in after.placements)
 
 
 def divides(node: fx.Node) -> bool:

@@ -88,6 +88,21 @@ def test_the_peak_of_a_step_is_what_a_hand_count_gives() -> None:
     assert certificate.saved_bytes == 4 * 100
 
 
+def test_the_backward_gets_what_is_no_tensor_where_it_takes_it() -> None:
+    """Sizes are before the tensors, and the meshes of distributed tensors behind them."""
+    forward = FORWARD.replace("(buf3, primals_1, buf2)", "(buf3, 7, None, primals_1, buf2)")
+    backward = BACKWARD.replace(
+        "primals_1, buf2, tangents_1", "s0, primals_1, buf2, mesh, tangents_1, tangents_2"
+    )
+    backward = backward.replace(
+        "    buf4 =",
+        "    assert (s0, mesh) == (7, None) and primals_1.numel() == 1000\n    buf4 =",
+    )
+    made = "def get_args():\n    s0, mesh, tangents_2 = 7, None, None"
+    backward = backward.replace("def get_args():", made)
+    assert proven(forward, backward) == proven(FORWARD, BACKWARD)
+
+
 def test_a_buffer_that_is_not_deleted_counts_to_the_end() -> None:
     kept = BACKWARD.replace("    del buf2\n", "")
     assert kept != BACKWARD

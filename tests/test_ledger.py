@@ -2,7 +2,7 @@
 
 import torch
 
-from memopt.memory.ledger import Ledger
+from memopt.memory.ledger import Crowded, Ledger
 from tests.lazy_uses import square
 
 
@@ -74,3 +74,14 @@ def test_the_peak_of_an_earlier_backward_counts_what_a_later_graph_leaves_behind
     assert ledger.earlier_peak_bytes(7) == 507
     y.sum().backward()
     assert ledger.earlier_peak_bytes(7) == 0
+
+
+def test_more_runs_than_there_is_room_for_are_told_once() -> None:
+    ledger, told = Ledger(), list[int]()
+    run = ledger.tracked(scale, 100, 120, 0, Crowded(2, told.append))
+    for _ in range(3):  # steps whose results are held on to, but not what they saved
+        results = [run(leaf())[0] for _ in range(2)]
+        sum(y.sum() for y in results).backward()
+    assert told == []
+    results = [run(leaf())[0] for _ in range(4)]
+    assert told == [3]

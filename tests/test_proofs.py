@@ -104,7 +104,9 @@ def test_a_warm_start_recalls_and_plans_again_where_the_proof_is_lost(
         def earlier_peak_bytes(self, gradient_bytes: int) -> int:
             return 0
 
-        def tracked(self, compiled: Any, held_bytes: int, most: int, peak_bytes: int) -> Any:
+        def tracked(
+            self, compiled: Any, held_bytes: int, most: int, peak_bytes: int, _: Any
+        ) -> Any:
             kept.append((held_bytes, most, peak_bytes))
             return compiled
 

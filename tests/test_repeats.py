@@ -68,7 +68,9 @@ def test_a_budget_in_bytes_bounds_the_step_of_all_blocks(
     assert peak <= budget
     for own, expected in zip(gradients, kept[1], strict=True):
         torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-9)
-    alone, _ = trained({"memory_budget": budget})
+    with pytest.warns(UserWarning, match=r"set the option repeats \(now 1\)") as warned:
+        alone, _ = trained({"memory_budget": budget})
+    assert len(warned) == 1
     assert alone > budget, "each block takes the whole budget for itself"
 
 

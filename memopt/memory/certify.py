@@ -11,6 +11,7 @@ Nothing is compiled, launched or allocated. Works on code from the compile cache
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -76,16 +77,26 @@ def _replay(codes: Sequence[str], meter: StorageMeter) -> Certificate:
     held = {storage_key(t) for t in outputs if isinstance(t, torch.Tensor)}
     saved_bytes = sum(nbytes for key, nbytes in meter.live.items() if key not in held)
     meter.backward = True
-    for tangent in tangents:
-        meter.allocate(tangent, "tangent")
-    arguments = [v for v in crossing if not isinstance(v, torch.Tensor)]
-    arguments += [v for v in crossing if isinstance(v, torch.Tensor)]
-    arguments += tangents
-    roots = [t for t in tangents if t.dim() == 0]  # as `Tensor.backward` holds them
-    tangent = None
+    arguments = [*_as_the_backward_takes(crossing), *tangents]
+    real = [t for t in tangents if isinstance(t, torch.Tensor)]  # a distributed one has its mesh
+    for i in range(len(real)):  # no name of one may stay
+        meter.allocate(real[i], "tangent")
+    roots = [t for t in real if t.dim() == 0]  # as `Tensor.backward` holds them
     crossing.clear()
     tangents.clear()
+    real.clear()
     gradients = backward.run(arguments)
     certificate = Certificate(meter.peak_bytes, saved_bytes, meter.close())
     del gradients, outputs, roots
     return certificate
+
+
+def _as_the_backward_takes(crossing: Sequence[Any]) -> list[Any]:
+    """Sizes first, then tensors, then what is neither, such as the mesh of distributed tensors."""
+    sizes = [v for v in crossing if isinstance(v, (int, float))]
+    tensors = [v for v in crossing if isinstance(v, torch.Tensor)]
+    return [
+        *sizes,
+        *tensors,
+        *(v for v in crossing if not isinstance(v, (int, float, torch.Tensor))),
+    ]

@@ -33,6 +33,19 @@ class Entry:
     backward_peak_bytes: int
 
 
+@dataclass(frozen=True)
+class Crowded:
+    """What to do when too many runs of one graph hold what their backward needs.
+
+    Attributes:
+        room: how many may.
+        warn: is told how many do.
+    """
+
+    room: int
+    warn: Callable[[int], None]
+
+
 @dataclass
 class Ledger:
     """Forwards whose backward has not run yet."""
@@ -65,10 +78,21 @@ class Ledger:
         held_bytes: int,
         most_held_bytes: int,
         backward_peak_bytes: int,
+        crowded: Crowded | None = None,
     ) -> Callable[..., Any]:
-        """``compiled``, entered here from each forward to its backward."""
+        """``compiled``, entered here from each forward to its backward.
+
+        Args:
+            compiled: a graph.
+            held_bytes: what it holds in between.
+            most_held_bytes: what it holds where it keeps most.
+            backward_peak_bytes: the peak of its backward.
+            crowded: is told once that more runs than there is room for are under way.
+        """
+        nodes: list[weakref.ref[Any]] = []
 
         def run(*args: Any) -> Any:
+            nonlocal crowded
             result = compiled(*args)
             for leaf in pytree.tree_leaves(result):
                 if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
@@ -76,7 +100,13 @@ class Ledger:
                     node = weakref.ref(leaf.grad_fn)
                     entry = Entry(node, held_bytes, most_held_bytes, backward_peak_bytes)
                     self._entries.append(entry)
+                    nodes[:] = [*(n for n in nodes if n() is not None), node]
                     break
+            if crowded is not None and len(nodes) > crowded.room:
+                nodes[:] = [n for n in nodes if _in_flight(n())]
+                if len(nodes) > crowded.room:
+                    crowded.warn(len(nodes))
+                    crowded = None
             return result
 
         return run
