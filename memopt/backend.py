@@ -106,8 +106,9 @@ def compile_graph(
         _warn_of_earlier_graphs(split, proof.gradient_bytes)
         highest = proof.backward_peak_bytes + proof.others * proof.held_bytes
         crowded = _crowded(config, proof)
-        held = proof.held_bytes, proof.most_held_bytes
-        compiled = LEDGER.tracked(compiled, *held, highest, crowded)
+        compiled = LEDGER.tracked(
+            compiled, proof.held_bytes, proof.most_held_bytes, highest, crowded
+        )
     for wrap in ctx.wrappers:
         compiled = wrap(compiled)
     return compiled
