@@ -350,3 +350,21 @@ def test_maps_of_interpreted_graphs_are_let_go() -> None:
         assert any("pieces of its rows" in r.text for r in graph.remarks)
         torch.testing.assert_close(mine(x), module(x))
     assert peak(mine, x) <= graph.predicted_peak_bytes + x.nbytes
+
+
+def _normed(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    h = F.conv2d(x, weight, padding=2, dilation=2, groups=8) + x
+    h = F.batch_norm(h[:, :, 1:-1], scale, scale, scale, scale)
+    return F.avg_pool2d(F.pad(h, [1, 2, 1, 2], mode="reflect"), 2)
+
+
+def test_what_is_computed_whole_is_laid_out_as_in_eager() -> None:
+    """A map may be in another layout where nobody sees it, not through a view either."""
+    torch.manual_seed(0)
+    options = {"lowering": "eager", "memory_budget": "min", "strict": True}
+    given = torch.randn(2, 8, 12, 20), torch.randn(8, 1, 3, 3), torch.rand(8) + 0.5
+    with torch.no_grad():
+        expected = _normed(*given)
+        actual = torch.compile(_normed, backend="memopt", options=options)(*given)
+    torch.testing.assert_close(actual, expected)
+    assert actual.stride() == expected.stride()
