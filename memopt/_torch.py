@@ -16,6 +16,7 @@ from memopt import _versions
 _versions.check()
 
 import torch
+import torch.distributed
 from torch import fx
 from torch._C import _set_throw_on_mutable_data_ptr
 from torch._decomp import get_decompositions
@@ -67,16 +68,29 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._python_dispatch import _disable_current_modes as disable_modes
 
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+else:  # builds of torch for small boards
+
+    class DTensor(torch.Tensor):  # type: ignore[no-redef]
+        """No tensor is one."""
+
+    Partial = Replicate = Shard = DTensor  # type: ignore[misc,assignment]
+
 __all__ = [
     "BackendCompilerFailed",
     "CustomGraphPass",
     "CustomPartitionerFn",
+    "DTensor",
     "FakeTensor",
     "FakeTensorMode",
     "GraphLowering",
     "InductorChoices",
     "NodeInfo",
     "OpOverload",
+    "Partial",
+    "Replicate",
+    "Shard",
     "TorchDispatchMode",
     "aot_autograd",
     "aoti_compile_and_package",

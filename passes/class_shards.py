@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+from memopt._torch import DTensor, Partial, Replicate, Shard
 from memopt.emit import emit, shape_of, traced
 from memopt.passes.heads import Head
 from memopt.passes.row_losses import NOTHING, Loss

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch.distributed.tensor import DTensor
 
-from memopt._torch import OpOverload
+from memopt._torch import DTensor, OpOverload
 from memopt.emit import traced
 
 PLAIN = frozenset({"contiguous", "clone"})

@@ -1,6 +1,9 @@
 """Private names of torch that memopt stands on: present, and of the shape that is relied upon."""
 
 import inspect
+import os
+import subprocess
+import sys
 
 import torch
 
@@ -41,3 +44,26 @@ def test_reading_a_symbolic_size_adds_no_guard() -> None:
     assert sizes[0] == 6
     assert not str(sizes[1]).isdigit()
     assert len(sizes) == 2  # the second length did not compile again
+
+
+_WITHOUT = """
+import torch
+torch.distributed.is_available = lambda: False
+from memopt._torch import DTensor
+assert "torch.distributed" not in DTensor.__module__
+x = torch.randn(4, 8, requires_grad=True)
+def loss(x, w):
+    return torch.nn.functional.cross_entropy(x @ w, torch.arange(4))
+w = torch.randn(8, 16)
+options = {"lowering": "eager", "strict": True, "memory_budget": "min"}
+torch.compile(loss, backend="memopt", options=options)(x, w).backward()
+torch.testing.assert_close(x.grad, torch.autograd.grad(loss(x, w), x)[0])
+"""
+
+
+def test_a_build_without_torch_distributed_will_do() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

@@ -361,7 +361,7 @@ def _normed(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 def test_what_is_computed_whole_is_laid_out_as_in_eager() -> None:
     """A map may be in another layout where nobody sees it, not through a view either."""
     torch.manual_seed(0)
-    options = {"lowering": "eager", "memory_budget": "min", "strict": True}
+    options: dict[str, Any] = {"lowering": "eager", "memory_budget": "min", "strict": True}
     given = torch.randn(2, 8, 12, 20), torch.randn(8, 1, 3, 3), torch.rand(8) + 0.5
     with torch.no_grad():
         expected = _normed(*given)
