@@ -184,13 +184,13 @@ def assert_rounds_as_eager(layout: Layout, dtype: torch.dtype) -> None:
     assert_within_reference_error(own, step(step.model), low(low.model))
 
 
-def remarks_of(layouts: Sequence[Layout], **chunk: Any) -> list[str]:
+def remarks_of(layouts: Sequence[Layout], logits: str = "lazy") -> list[str]:
     """What the pass says of each head; loss and gradients are eager's in any case."""
     said = []
     for layout in layouts:
         records: list[GraphRecord] = []
         step = Step(layout)
-        own, eager = step(step.compiled(records, **chunk)), step(step.model)
+        own, eager = step(step.compiled(records, logits=logits)), step(step.model)
         torch.testing.assert_close(own, eager, rtol=1e-11, atol=1e-14)
         (text,) = (r.text for r in records[0].remarks if r.pass_name == "chunk_losses")
         said.append(text)

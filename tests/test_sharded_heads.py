@@ -74,3 +74,9 @@ def test_what_cannot_be_done_of_shards_is_left_alone(two: Ranks) -> None:
     }
     for said in two.run(remarks_of, list(layouts)):
         assert all(r in text for r, text in zip(layouts.values(), said, strict=True)), said
+
+
+def test_logits_that_are_returned_and_not_wanted_are_none(two: Ranks) -> None:
+    layouts = [Layout(mean, returned=True), Layout(mean, gathered=False, returned=True)]
+    for said in two.run(remarks_of, layouts, "none"):
+        assert all("on this rank; returned logits: none" in text for text in said), said
