@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 import memopt
 from bench.meter import Meter
-from memopt._torch import pytree
+from memopt._torch import inductor_config, pytree
 from memopt.backend import compile_graph, read_options
 from memopt.device import DEVICES
 from memopt.planner.problem import Candidate
@@ -51,8 +51,10 @@ class Verdict:
 
 
 def check(case: Case, *, lowering: str = "eager") -> Verdict:
-    """Compile a model, run two steps, and compare with eager."""
-    with warnings.catch_warnings(), _rounding() if case.kind == "compressed" else nullcontext():
+    """Compile a model, run two steps, and compare with eager, whose random numbers are drawn."""
+    rounding = _rounding() if case.kind == "compressed" else nullcontext()
+    eagers_draws = inductor_config.patch(fallback_random=True)
+    with warnings.catch_warnings(), rounding, eagers_draws:
         warnings.simplefilter("ignore")
         try:
             expected = truth = run(case, lambda model: model)

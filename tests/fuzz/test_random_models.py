@@ -13,8 +13,7 @@ from tests.fuzz.cases import KINDS, Case, Kind
 from tests.fuzz.checks import check
 
 FAILURES = ("wrong", "crash", "memory")
-# Of the models: torch's own compiler fails at some, Inductor at more of them, as do their numbers.
-TO_BE_COMPARED = {"eager": 0.8, "inductor": 0.4}
+TO_BE_COMPARED = 0.8  # of the models: torch's own compiler fails at some, as do their numbers
 
 
 def assert_as_eager(seeds: range, lowering: str = "eager", kind: Kind = "float64") -> None:
@@ -25,7 +24,7 @@ def assert_as_eager(seeds: range, lowering: str = "eager", kind: Kind = "float64
         assert verdict.kind not in FAILURES, f"seed {seed}: {verdict.kind}: {verdict.detail}"
         kinds[verdict.kind] += 1
         torch._dynamo.reset()
-    assert kinds["same"] >= TO_BE_COMPARED[lowering] * len(seeds), kinds
+    assert kinds["same"] >= TO_BE_COMPARED * len(seeds), kinds
 
 
 @pytest.mark.parametrize("first", range(0, 16, 8))
@@ -52,6 +51,6 @@ def test_a_thousand_random_models(first: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(2000, 2030, 5))
+@pytest.mark.parametrize("first", range(2000, 2030, 15))
 def test_random_models_by_inductor(first: int) -> None:
-    assert_as_eager(range(first, first + 5), "inductor")
+    assert_as_eager(range(first, first + 15), "inductor")
