@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.fsdp2 import CASE, Row, Setting, fsdp2_section, run
+from bench.fsdp2 import CASE, Row, fsdp2_section, run
 from bench.plot import write_all
 from bench.results import header, save
+from bench.sharded_rank import Setting
 
 SETTING = Setting(model="llama", size="tiny", rounds=1, options={"lowering": "eager"})
 PEERS = ("eager", "memopt", "memopt @ half of inductor", "memopt min")
